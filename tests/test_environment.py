@@ -1,0 +1,232 @@
+"""`playbooks/environment.yml`, run for real into a temporary directory."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ansible.parsing.vault import VaultLib, VaultSecret
+
+PROJECT = Path(__file__).resolve().parents[1]
+ANSIBLE_PLAYBOOK = Path(sys.executable).with_name("ansible-playbook")
+EXAMPLE: dict[str, Any] = {"environment_host": "203.0.113.10", "environment_domain": "api.example.com"}
+
+
+class Project:
+    """A copy of what the playbook needs, with an `inventories` of its own."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        shutil.copytree(PROJECT / "roles/environment", directory / "roles/environment")
+        for file in ("playbooks/environment.yml", "bin/vault-password", "ansible.cfg"):
+            (directory / file).parent.mkdir(exist_ok=True)
+            shutil.copy2(PROJECT / file, directory / file)
+        self.inventories = directory / "inventories"
+
+    def run(self, *options: str, code: int = 0, **variables: Any) -> str:
+        """Run the playbook and return all that it says."""
+        file = self.directory / "extra.yml"
+        file.write_text(yaml.safe_dump(variables))
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("HARDSTAND_")}
+        result = subprocess.run(
+            [
+                ANSIBLE_PLAYBOOK,
+                "playbooks/environment.yml",
+                "-e",
+                f"@{file}",
+                *options,
+            ],
+            cwd=self.directory,
+            env={**environment, "ANSIBLE_NOCOLOR": "1", "ANSIBLE_CONFIG": str(self.directory / "ansible.cfg")},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        output = result.stdout + result.stderr
+        assert result.returncode == code, output
+        return output
+
+    def read(self, path: str) -> str:
+        return (self.inventories / path).read_text()
+
+    def vault(self, env: str) -> dict[str, str]:
+        """Decrypt an environment's vault."""
+        password = (self.directory / ".vault-password").read_text().strip()
+        vault = VaultLib([("default", VaultSecret(password.encode()))])
+        content: dict[str, str] = yaml.safe_load(vault.decrypt(self.read(f"{env}/group_vars/all/vault.yml")))
+        return content
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    return Project(tmp_path)
+
+
+def test_the_committed_example_is_what_the_playbook_makes(project: Project) -> None:
+    project.run(env="prod", **EXAMPLE)
+    for file in ("hosts.yml", "group_vars/all/vars.yml"):
+        assert project.read(f"prod/{file}") == (PROJECT / "inventories/prod" / file).read_text(), file
+
+
+def test_the_example_lacks_nothing_but_its_vault(project: Project) -> None:
+    shutil.copytree(
+        PROJECT / "inventories/prod", project.inventories / "prod", ignore=shutil.ignore_patterns("vault.yml")
+    )
+    before = {path: path.read_bytes() for path in project.inventories.rglob("*") if path.is_file()}
+    project.run(env="prod")
+    after = {path: path.read_bytes() for path in project.inventories.rglob("*") if path.is_file()}
+    new = after.keys() - before.keys()
+    assert new == {project.inventories / "prod/group_vars/all/vault.yml"}
+    assert all(after[path] == content for path, content in before.items())
+
+
+def test_secrets_are_fresh_encrypted_and_never_shown(project: Project) -> None:
+    output = project.run("-vvv", "--diff", env="prod", **EXAMPLE) + project.run(env="stage", **EXAMPLE)
+    prod, stage = project.vault("prod"), project.vault("stage")
+    assert prod["vault_secret_key"] != stage["vault_secret_key"]
+    assert len(prod["vault_secret_key"]) >= 43
+    assert prod["vault_database_url"] == "sqlite:////srv/{{ app_name }}/shared/{{ app_name }}.db"
+    password = (project.directory / ".vault-password").read_text().strip()
+    for secret in (password, prod["vault_secret_key"], stage["vault_secret_key"]):
+        assert secret not in output
+    assert (project.directory / ".vault-password").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_second_run_changes_nothing(project: Project) -> None:
+    project.run(env="prod", **EXAMPLE)
+    before = {path: path.read_bytes() for path in project.inventories.rglob("*") if path.is_file()}
+    output = project.run(env="prod", **EXAMPLE)
+    assert "changed=0" in output
+    assert "Kept as it was" not in output
+    assert before == {path: path.read_bytes() for path in project.inventories.rglob("*") if path.is_file()}
+
+
+def test_the_example_is_filled_in_but_an_edited_file_is_kept(project: Project) -> None:
+    project.run(env="prod", **EXAMPLE)
+    project.run(env="prod", environment_host="198.51.100.7", environment_domain="api.mine.example")
+    assert "ansible_host: 198.51.100.7" in project.read("prod/hosts.yml")
+    assert "- api.mine.example" in project.read("prod/group_vars/all/vars.yml")
+
+    output = project.run(env="prod", environment_host="198.51.100.8")
+    assert "ansible_host: 198.51.100.7" in project.read("prod/hosts.yml")
+    kept = "Kept as it was, although it says something else than this command:"
+    assert f"{kept} {project.inventories}/prod/hosts.yml" in " ".join(output.split())
+
+
+def test_everything_that_can_be_asked_for(project: Project) -> None:
+    project.run(
+        env="local",
+        environment_host="127.0.0.1, 127.0.0.2",
+        environment_port=2222,
+        environment_user="admin",
+        environment_private_key_file="/keys/id",
+        environment_known_hosts=["[127.0.0.1]:2222 ssh-ed25519 AAAA"],
+        environment_domain="a.test,b.test",
+        environment_app_name="demo",
+        environment_settings={
+            "release_version": "main",
+            "release_env": {"DEBUG": True},
+            "nginx_https_port": 8443,
+        },
+    )
+    hosts = yaml.safe_load(project.read("local/hosts.yml"))["app"]
+    assert hosts["hosts"] == {"app1": {"ansible_host": "127.0.0.1"}, "app2": {"ansible_host": "127.0.0.2"}}
+    assert hosts["vars"] == {
+        "ansible_user": "admin",
+        "ansible_port": 2222,
+        "ansible_ssh_private_key_file": "/keys/id",
+        "ansible_ssh_common_args": (
+            "-o 'UserKnownHostsFile=\"{{ inventory_dir }}/known_hosts\"' -o StrictHostKeyChecking=yes"
+        ),
+    }
+    assert project.read("local/known_hosts") == "[127.0.0.1]:2222 ssh-ed25519 AAAA\n"
+    text = project.read("local/group_vars/all/vars.yml")
+    settings = yaml.safe_load(text)
+    assert settings["app_name"] == "demo"
+    assert settings["app_domains"] == ["a.test", "b.test"]
+    assert settings["release_version"] == "main"
+    assert settings["release_env"] == {"DEBUG": True}
+    assert settings["nginx_https_port"] == 8443
+    assert text.count("release_version") == 1
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({}, "Name the environment"),
+        ({"env": "../etc"}, "Name the environment"),
+        ({"env": "Prod"}, "Name the environment"),
+        ({"env": "prod"}, "Give the address of each server"),
+        ({"env": "prod", "environment_host": "1.2.3.4; rm"}, "Give the address of each server"),
+        ({"env": "prod", "environment_host": "1.2.3.4"}, "Give the DNS names"),
+        ({"env": "prod", "environment_host": "1.2.3.4", "environment_domain": "https://x"}, "Give the DNS names"),
+    ],
+)
+def test_wrong_input_is_refused_before_anything_is_made(
+    project: Project, variables: dict[str, Any], message: str
+) -> None:
+    assert message in project.run(code=2, **variables)
+    assert not project.inventories.exists()
+    assert not (project.directory / ".vault-password").exists()
+
+
+def test_a_dry_run_makes_nothing(project: Project) -> None:
+    output = project.run("--check", "--diff", env="prod", **EXAMPLE)
+    assert "+      ansible_host: 203.0.113.10" in output
+    assert not project.inventories.exists()
+    assert not (project.directory / ".vault-password").exists()
+
+
+class TestVaultPassword:
+    """bin/vault-password, as Ansible calls it."""
+
+    @staticmethod
+    def run(project: Project, **variables: str) -> subprocess.CompletedProcess[str]:
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("HARDSTAND_")}
+        return subprocess.run(
+            [project.directory / "bin/vault-password"],
+            env={**environment, **variables},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    def test_a_fresh_clone_needs_none(self, project: Project) -> None:
+        result = self.run(project)
+        assert (result.returncode, result.stdout) == (0, "nothing-is-encrypted\n")
+
+    def test_an_encrypted_vault_needs_one(self, project: Project) -> None:
+        project.run(env="prod", **EXAMPLE)
+        password = project.directory / ".vault-password"
+        assert self.run(project).stdout == password.read_text()
+
+        password.chmod(0o640)
+        result = self.run(project)
+        assert result.returncode == 1
+        assert f"Run: chmod 600 {password}" in result.stderr
+
+        password.unlink()
+        result = self.run(project)
+        assert result.returncode == 1
+        assert result.stdout == ""
+        error, hint = result.stderr.strip().splitlines()
+        assert error == (
+            "error: There is no vault password, and inventories/prod/group_vars/all/vault.yml is encrypted."
+        )
+        assert f"{password} (mode 600)" in hint
+        assert "HARDSTAND_VAULT_PASSWORD_FILE" in hint
+
+    def test_a_file_elsewhere_can_be_named(self, project: Project, tmp_path: Path) -> None:
+        file = tmp_path / "elsewhere"
+        file.write_text("open sesame\n")
+        file.chmod(0o600)
+        assert self.run(project, HARDSTAND_VAULT_PASSWORD_FILE=str(file)).stdout == "open sesame\n"
+        result = self.run(project, HARDSTAND_VAULT_PASSWORD_FILE="/nowhere")
+        assert result.returncode == 1
+        assert "The vault password file /nowhere does not exist." in result.stderr
