@@ -1,0 +1,276 @@
+#!/usr/bin/python
+"""Ansible module: one key and its certificate chain on a server, in one round trip."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+
+DOCUMENTATION = r"""
+---
+module: certificate_pair
+short_description: Keep a private key and its certificate chain on a server
+description:
+  - Makes the private key where there is none, and never lets it leave the server.
+  - Writes a certificate chain, and a key when one is given, only after the two have been shown to belong together.
+    Both are replaced within microseconds, so that a service that starts meanwhile does not find two that do not match.
+  - Returns what is there and a signing request, from which the control node decides whether a new certificate is due.
+  - Needs nothing but the C(openssl) command, which comes with Debian's ca-certificates.
+options:
+  directory:
+    description: Directory of the pair. Made (0755) when it is missing; its parent must exist.
+    type: path
+    required: true
+  name:
+    description: The pair is I(directory)/I(name).crt (0644) and I(directory)/I(name).key (0640).
+    type: str
+    required: true
+  subject_alt_names:
+    description: Names for the signing request, such as C(DNS:example.org) or C(IP:192.0.2.1). Empty for none.
+    type: list
+    elements: str
+    default: []
+  certificate:
+    description: Certificate chain (PEM, the server's own first) to put in place. Without it the present one stays.
+    type: str
+  private_key:
+    description: Private key (PEM, no passphrase). Without it the present one stays, or a P-256 one is made.
+    type: str
+author: Hardstand
+attributes:
+  check_mode:
+    support: full
+  diff_mode:
+    support: full
+    description: Shows the certificate's subject, names, issuer and dates. Never the key.
+"""
+
+EXAMPLES = r"""
+- name: Make the key where there is none and ask for a certificate
+  certificate_pair:
+    directory: /etc/ssl/hardstand
+    name: blog
+    subject_alt_names: ["DNS:blog.example.org"]
+  register: pair
+"""
+
+RETURN = r"""
+certificate:
+  description: The chain on the server before this task (PEM). Empty when there is none.
+  type: str
+  returned: always
+public_key:
+  description: The public half of the key (PEM). Empty in check mode when there is no key yet.
+  type: str
+  returned: always
+csr:
+  description: Signing request (PEM). Empty without I(subject_alt_names), or in check mode when there is no key yet.
+  type: str
+  returned: always
+"""
+
+KEY_MODE = 0o640
+CERTIFICATE_MODE = 0o644
+DIRECTORY_MODE = 0o755
+
+
+class PairError(Exception):
+    """Something the operator has to put right; the text says what."""
+
+
+def openssl(*arguments: str, stdin: str = "") -> str:
+    """Run C(openssl) and return its output. A key only ever travels through pipes, never through the arguments.
+
+    Raises PairError with openssl's own words when it fails or is not installed.
+    """
+    try:
+        done = subprocess.run(  # noqa: S603
+            ["openssl", *arguments],  # noqa: S607
+            input=stdin,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except FileNotFoundError as error:
+        raise PairError("The command openssl is missing on this server: install the Debian package openssl.") from error
+    if done.returncode != 0:
+        raise PairError(f"openssl {arguments[0]} failed: {done.stderr.strip()}")
+    return done.stdout
+
+
+def public_key_of_key(key: str) -> str:
+    """Return the public half (PEM) of the private key `key` (PEM). Given a passphrase, openssl does not ask for one."""
+    return openssl("pkey", "-pubout", "-passin", "pass:", stdin=key)
+
+
+def public_key_of_certificate(certificate: str) -> str:
+    """Return the public key (PEM) of the first certificate in the chain `certificate` (PEM)."""
+    return openssl("x509", "-noout", "-pubkey", stdin=certificate)
+
+
+def describe(certificate: str) -> str:
+    """Return what a reader of a diff wants to know of a chain's first certificate; empty for an empty chain."""
+    if not certificate:
+        return ""
+    return openssl("x509", "-noout", "-subject", "-issuer", "-dates", "-ext", "subjectAltName", stdin=certificate)
+
+
+def new_key() -> str:
+    """Return a fresh P-256 private key (PEM): cheaper to sign with than RSA, and accepted by every client in use."""
+    return openssl("genpkey", "-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256")
+
+
+def signing_request(key_file: Path, subject_alt_names: list[str]) -> str:
+    """Return a signing request (PEM) for `subject_alt_names`, signed with the key in `key_file`.
+
+    The first name becomes the common name, for people; clients look at the alternative names alone.
+    X.520 limits a common name to 64 characters, so a longer one is cut.
+    """
+    common_name = subject_alt_names[0].partition(":")[2][:64]
+    configuration = "\n".join(
+        [
+            "[req]",
+            "prompt = no",
+            "distinguished_name = subject",
+            "req_extensions = extensions",
+            "[subject]",
+            f"CN = {common_name}",
+            "[extensions]",
+            "basicConstraints = critical,CA:FALSE",
+            "keyUsage = critical,digitalSignature",
+            "extendedKeyUsage = serverAuth",
+            f"subjectAltName = {','.join(subject_alt_names)}",
+            "",
+        ]
+    )
+    return openssl("req", "-new", "-key", str(key_file), "-config", "/dev/stdin", stdin=configuration)
+
+
+def read(path: Path) -> str:
+    """Return the text of `path`, or nothing when it does not exist."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return ""
+
+
+def replace_all(files: list[tuple[Path, str, int]]) -> None:
+    """Replace every (path, content, mode) in `files`, or none of them.
+
+    All are written and synced under passing names first, where a full disk shows; the renames cannot fail for that.
+    """
+    staged: list[tuple[Path, Path]] = []
+    try:
+        for path, content, mode in files:
+            # mkstemp creates 0600, so a key is never readable by others, not for an instant.
+            descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+            staged.append((Path(name), path))
+            with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            Path(name).chmod(mode)
+    except OSError:
+        for temporary, _ in staged:
+            temporary.unlink()
+        raise
+    for temporary, path in staged:
+        temporary.replace(path)
+
+
+def fix_mode(path: Path, mode: int, *, check: bool) -> bool:
+    """Give `path` its mode, and root as its owner where we are root. Return whether that changed anything."""
+    status = path.stat()
+    owned = os.geteuid() != 0 or (status.st_uid, status.st_gid) == (0, 0)
+    if status.st_mode & 0o7777 == mode and owned:
+        return False
+    if not check:
+        path.chmod(mode)
+        if not owned:
+            os.chown(path, 0, 0)
+    return True
+
+
+def converge(parameters: dict[str, Any], *, check: bool, diff: bool) -> dict[str, Any]:
+    """Bring the pair to what `parameters` ask for and return the module's result.
+
+    With `check` nothing is written. Raises PairError when key and certificate do not belong together or openssl fails.
+    """
+    directory = Path(parameters["directory"])
+    key_file = directory / f"{parameters['name']}.key"
+    certificate_file = directory / f"{parameters['name']}.crt"
+    key, certificate = read(key_file), read(certificate_file)
+
+    new: list[tuple[Path, str, int]] = []
+    if parameters["private_key"] and parameters["private_key"].strip() != key.strip():
+        key = parameters["private_key"].strip() + "\n"
+        new.append((key_file, key, KEY_MODE))
+    elif not key and not check:
+        key = new_key()
+        new.append((key_file, key, KEY_MODE))
+    changed = bool(new) or not key
+
+    wanted = (parameters["certificate"] or "").strip()
+    replaces_certificate = bool(wanted) and wanted != certificate.strip()
+    public_key = public_key_of_key(key) if key else ""
+    if replaces_certificate:
+        if public_key and public_key_of_certificate(wanted) != public_key:
+            raise PairError(f"The certificate for {certificate_file} does not belong to the key; nothing was changed.")
+        new.append((certificate_file, wanted + "\n", CERTIFICATE_MODE))
+
+    if not directory.is_dir():
+        changed = True
+        if not check:
+            directory.mkdir(DIRECTORY_MODE)
+    if directory.is_dir():
+        changed |= fix_mode(directory, DIRECTORY_MODE, check=check)
+    if not check:
+        replace_all(new)
+    for path, mode in ((key_file, KEY_MODE), (certificate_file, CERTIFICATE_MODE)):
+        if path.exists():
+            changed |= fix_mode(path, mode, check=check)
+
+    result: dict[str, Any] = {
+        "changed": changed or bool(new),
+        "certificate": certificate,
+        "public_key": public_key,
+        "csr": "",
+    }
+    if parameters["subject_alt_names"] and key_file.exists():
+        result["csr"] = signing_request(key_file, parameters["subject_alt_names"])
+    if diff and replaces_certificate:
+        result["diff"] = {
+            "before": describe(certificate),
+            "after": describe(wanted),
+            "before_header": str(certificate_file),
+            "after_header": str(certificate_file),
+        }
+    return result
+
+
+def main() -> None:
+    """Run the module."""
+    module = AnsibleModule(
+        argument_spec={
+            "directory": {"type": "path", "required": True},
+            "name": {"type": "str", "required": True},
+            "subject_alt_names": {"type": "list", "elements": "str", "default": []},
+            "certificate": {"type": "str"},
+            "private_key": {"type": "str", "no_log": True},
+        },
+        supports_check_mode=True,
+    )
+    try:
+        result = converge(module.params, check=module.check_mode, diff=module._diff)
+    except (PairError, OSError) as error:
+        module.fail_json(msg=str(error))
+    module.exit_json(**result)
+
+
+if __name__ == "__main__":
+    main()

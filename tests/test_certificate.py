@@ -1,0 +1,289 @@
+"""Role certificate: its module on a directory of our own, and what it says about certificates from an operator."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.util
+import ipaddress
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from tests.role_templates import ROLES, evaluate
+
+NOW = datetime.datetime.now(datetime.UTC)
+DAY = datetime.timedelta(days=1)
+
+
+def pem(key: ec.EllipticCurvePrivateKey, passphrase: bytes = b"") -> str:
+    encryption: serialization.KeySerializationEncryption = serialization.NoEncryption()
+    if passphrase:
+        encryption = serialization.BestAvailableEncryption(passphrase)
+    return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption).decode()
+
+
+class Authority:
+    """A certificate authority for tests."""
+
+    def __init__(self, name: str, issuer: Authority | None = None) -> None:
+        self.key = ec.generate_private_key(ec.SECP256R1())
+        self.name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+        self.certificate = (issuer or self).sign(self.name, self.key.public_key(), [], NOW - DAY, NOW + 90 * DAY)
+
+    def sign(
+        self,
+        subject: x509.Name,
+        public_key: ec.EllipticCurvePublicKey,
+        names: list[x509.GeneralName],
+        start: datetime.datetime,
+        end: datetime.datetime,
+    ) -> str:
+        builder = (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(self.name)
+            .public_key(public_key)
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(start)
+            .not_valid_after(end)
+        )
+        if names:
+            builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
+        return builder.sign(self.key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM).decode()
+
+
+ROOT = Authority("Root")
+INTERMEDIATE = Authority("Intermediate", ROOT)
+KEY = ec.generate_private_key(ec.SECP256R1())
+
+
+def certificate(*names: str, start: datetime.datetime = NOW - DAY, end: datetime.datetime = NOW + 30 * DAY) -> str:
+    """Return a certificate (PEM) for `KEY`, signed by the intermediate authority."""
+    general: list[x509.GeneralName] = [
+        x509.IPAddress(ipaddress.ip_address(name)) if name[0].isdigit() else x509.DNSName(name) for name in names
+    ]
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, names[0])])
+    return INTERMEDIATE.sign(subject, KEY.public_key(), general, start, end)
+
+
+CHAIN = certificate("blog.example.org", "*.example.org", "192.0.2.1") + INTERMEDIATE.certificate
+
+
+def problems(**settings: Any) -> list[str]:
+    """Return what the role says about the operator's files."""
+    given = {
+        "certificate_mode": "files",
+        "certificate_name": "blog",
+        "certificate_names": ["blog.example.org"],
+        "certificate_source_file": CHAIN,
+        "certificate_source_key": pem(KEY),
+    }
+    found: list[str] = evaluate("certificate", "_certificate_files_problems", **(given | settings))
+    return found
+
+
+def test_a_sound_pair_is_no_problem() -> None:
+    assert problems() == []
+    assert problems(certificate_names=["Blog.example.org", "www.example.org", "192.0.2.1"]) == []
+
+
+def test_a_pair_may_come_from_files(tmp_path: Path) -> None:
+    (tmp_path / "chain.pem").write_text(CHAIN)
+    (tmp_path / "key.pem").write_text(pem(KEY))
+    paths = {
+        "certificate_source_file": str(tmp_path / "chain.pem"),
+        "certificate_source_key": str(tmp_path / "key.pem"),
+    }
+    assert problems(**paths) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"certificate_source_file": ""}, "certificate_source_file: no PEM certificate"),
+        ({"certificate_source_file": "/nowhere/blog.pem"}, "certificate_source_file: no PEM certificate"),
+        ({"certificate_source_key": ""}, "certificate_source_key: no PEM private key"),
+        ({"certificate_source_key": "/nowhere/blog.key"}, "certificate_source_key: no PEM private key"),
+        ({"certificate_source_key": pem(KEY, b"secret")}, "certificate_source_key: the key has a passphrase"),
+        ({"certificate_source_key": pem(ROOT.key)}, "certificate_source_key is not the key of"),
+        (
+            {"certificate_source_file": certificate("blog.example.org", end=NOW - DAY / 2)},
+            "certificate_source_file: the certificate ended on",
+        ),
+        (
+            {"certificate_source_file": certificate("blog.example.org", start=NOW + DAY)},
+            "certificate_source_file: the certificate is not valid before",
+        ),
+        (
+            {"certificate_names": ["blog.example.org", "example.org"]},
+            "certificate_source_file does not cover DNS:example.org of",
+        ),
+        ({"certificate_names": ["a.b.example.org"]}, "certificate_source_file does not cover DNS:a.b.example.org of"),
+        ({"certificate_names": ["192.0.2.2"]}, "certificate_source_file does not cover IP:192.0.2.2 of"),
+        (
+            {"certificate_source_file": certificate("blog.example.org") + ROOT.certificate + INTERMEDIATE.certificate},
+            "certificate_source_file: each certificate must be followed by",
+        ),
+    ],
+)
+def test_each_fault_is_named_with_its_setting(settings: dict[str, Any], says: str) -> None:
+    (problem,) = problems(**settings)
+    assert problem.startswith(says)
+    assert "PRIVATE KEY--" not in problem
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"certificate_names": []}, "certificate_names needs"),
+        ({"certificate_names": ["good.example.org", "bad name"]}, 'certificate_names: "bad name" is neither'),
+        ({"certificate_ca_directory": ""}, "certificate_mode private_ca needs certificate_ca_directory"),
+        ({"certificate_renew_days": 365}, "certificate_renew_days must be less"),
+    ],
+)
+def test_a_wrong_setting_is_named(settings: dict[str, Any], says: str) -> None:
+    given = {"certificate_names": ["blog.example.org"], "certificate_ca_directory": "/nowhere"}
+    assert evaluate("certificate", "_certificate_problems", **given) == []
+    (problem,) = evaluate("certificate", "_certificate_problems", **(given | settings))
+    assert problem.startswith(says)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, "another authority signed it"),  # as there is none in this directory
+        ({"have": ""}, "it has none"),
+        ({"certificate_names": ["www.example.org"]}, "its names change"),
+        ({"public_key": "another"}, "it is for another key"),
+        ({"certificate_renew_days": 31}, "it ends soon"),
+    ],
+)
+def test_a_new_certificate_has_a_reason(tmp_path: Path, change: dict[str, Any], reason: str) -> None:
+    have = change.pop("have", certificate("blog.example.org"))
+    public_key = (
+        change.pop("public_key", None)
+        or KEY.public_key()
+        .public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+        .decode()
+    )
+    settings = {
+        "certificate_names": ["blog.example.org"],
+        "certificate_ca_directory": str(tmp_path),
+        "certificate_renew_days": 29,
+        "__certificate_pair": {"certificate": have, "public_key": public_key},
+    }
+    assert evaluate("certificate", "_certificate_due", **(settings | change)) == reason
+
+
+# The module ------------------------------------------------------------------------------------------------------
+
+Converge = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def module() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("certificate_pair", ROLES / "certificate/library/certificate_pair.py")
+    assert spec is not None
+    assert spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+@pytest.fixture
+def converge(module: ModuleType, tmp_path: Path) -> Converge:
+    def call(*, check: bool = False, diff: bool = False, **parameters: Any) -> dict[str, Any]:
+        given = {
+            "directory": str(tmp_path / "ssl"),
+            "name": "blog",
+            "subject_alt_names": ["DNS:blog.example.org", "IP:2001:db8::1"],
+            "certificate": None,
+            "private_key": None,
+        }
+        result: dict[str, Any] = module.converge(given | parameters, check=check, diff=diff)
+        return result
+
+    return call
+
+
+def test_a_key_is_made_once_and_stays(converge: Converge, tmp_path: Path) -> None:
+    first = converge()
+    key = (tmp_path / "ssl/blog.key").read_text()
+    assert first["changed"]
+    assert (tmp_path / "ssl/blog.key").stat().st_mode & 0o777 == 0o640
+    assert key not in str(first)
+    second = converge()
+    assert not second["changed"]
+    assert second["public_key"] == first["public_key"]
+    assert (tmp_path / "ssl/blog.key").read_text() == key
+
+
+def test_the_request_names_what_was_asked_for_and_no_authority(converge: Converge) -> None:
+    request = x509.load_pem_x509_csr(converge()["csr"].encode())
+    names = request.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == ["blog.example.org"]
+    assert names.get_values_for_type(x509.IPAddress) == [ipaddress.ip_address("2001:db8::1")]
+    assert not request.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    assert request.is_signature_valid
+
+
+def test_a_name_longer_than_a_common_name_may_be_is_no_problem(converge: Converge) -> None:
+    name = ".".join(["a" * 60] * 3)
+    assert x509.load_pem_x509_csr(converge(subject_alt_names=[f"DNS:{name}"])["csr"].encode()).is_signature_valid
+
+
+def test_a_pair_is_put_in_place_together_and_once(converge: Converge, tmp_path: Path) -> None:
+    assert converge(certificate=CHAIN, private_key=pem(KEY))["changed"]
+    assert (tmp_path / "ssl/blog.crt").read_text() == CHAIN
+    assert (tmp_path / "ssl/blog.crt").stat().st_mode & 0o777 == 0o644
+    assert not converge(certificate=CHAIN, private_key=pem(KEY))["changed"]
+    assert sorted(path.name for path in (tmp_path / "ssl").iterdir()) == ["blog.crt", "blog.key"]
+
+
+@pytest.mark.parametrize("check", [False, True])
+def test_a_pair_that_does_not_match_replaces_nothing(
+    converge: Converge, module: ModuleType, tmp_path: Path, *, check: bool
+) -> None:
+    converge(certificate=CHAIN, private_key=pem(KEY))
+    with pytest.raises(module.PairError, match="does not belong to the key"):
+        converge(check=check, certificate=ROOT.certificate)
+    with pytest.raises(module.PairError, match="does not belong to the key"):
+        converge(check=check, certificate=ROOT.certificate, private_key=pem(KEY))
+    assert (tmp_path / "ssl/blog.crt").read_text() == CHAIN
+    assert (tmp_path / "ssl/blog.key").read_text() == pem(KEY)
+
+
+def test_check_mode_writes_nothing(converge: Converge, tmp_path: Path) -> None:
+    result = converge(check=True)
+    assert result == {"changed": True, "certificate": "", "public_key": "", "csr": ""}
+    assert converge(check=True, diff=True, certificate=CHAIN, private_key=pem(KEY))["changed"]
+    assert not (tmp_path / "ssl").exists()
+
+
+def test_the_diff_shows_names_and_dates_and_no_key(converge: Converge) -> None:
+    diff = converge(diff=True, certificate=CHAIN, private_key=pem(KEY))["diff"]
+    assert diff["before"] == ""
+    assert "DNS:blog.example.org" in diff["after"]
+    assert "KEY" not in str(diff)
+
+
+def test_an_open_key_is_closed(converge: Converge, tmp_path: Path) -> None:
+    converge()
+    (tmp_path / "ssl/blog.key").chmod(0o644)
+    assert converge()["changed"]
+    assert (tmp_path / "ssl/blog.key").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_server_without_openssl_is_told_so(
+    converge: Converge, module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert converge(check=True)["changed"]
+    with pytest.raises(module.PairError, match="install the Debian package openssl"):
+        converge()
