@@ -1,0 +1,69 @@
+"""Shared by the tests of the playbooks, modules and templates."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+# The app's tests load this file as well, in a virtualenv without Ansible: fixtures import what they need.
+if TYPE_CHECKING:
+    from tests.release_support import Server
+
+# These change accounts, as on a server. Without root they run in a user namespace: tests/test_release_as_root.py.
+NEEDS_ROOT = [f"test_release_{name}.py" for name in ("build", "cutover", "finish", "migrate", "ship")]
+collect_ignore = [] if os.geteuid() == 0 else NEEDS_ROOT
+
+_LOAD_CLASS = """
+import importlib, traceback
+
+def load_class(uri):
+    try:
+        module, name = uri.rsplit(".", 1)
+        return getattr(importlib.import_module(module), name)
+    except Exception:
+        raise RuntimeError("class uri %r invalid or not found: \\n\\n[%s]" % (uri, traceback.format_exc()))
+"""
+
+
+@pytest.fixture
+def open_directory() -> Iterator[Path]:
+    """A temporary directory that other accounts may enter; pytest's own are closed to them."""
+    path = Path(tempfile.mkdtemp(prefix="hardstand-"))
+    path.chmod(0o755)
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture(scope="session")
+def wheels() -> Iterator[Path]:
+    """A directory of wheels that stand in for an application's dependencies."""
+    from tests.release_support import wheel
+
+    path = Path(tempfile.mkdtemp(prefix="hardstand-wheels-"))
+    path.chmod(0o755)
+    for version in ("27.0.1", "20.1.0"):
+        files = {"gunicorn/__init__.py": f"__version__ = '{version}'\n", "gunicorn/util.py": _LOAD_CLASS}
+        wheel(path, "gunicorn", version, files)
+    # As the real one: it needs what setuptools no longer has.
+    old = {"gunicorn/__init__.py": "__version__ = '20.0.4'\n", "gunicorn/util.py": "import pkg_resources_not_there\n"}
+    wheel(path, "gunicorn", "20.0.4", old)
+    worker = {"uvicorn_worker/__init__.py": "class UvicornWorker:\n    pass\n"}
+    wheel(path, "uvicorn-worker", "0.4.0", worker, ["left"])
+    wheel(path, "left", "1.0", {"left.py": ""})
+    wheel(path, "left", "2.0", {"left.py": ""})
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def server(open_directory: Path, wheels: Path) -> Server:
+    """A server that installs from those wheels."""
+    from tests.release_support import Server
+
+    return Server(open_directory, wheels)
