@@ -64,7 +64,7 @@ def test_has_the_settings_in_its_environment_where_the_application_wants_them_th
 def test_a_failure_ends_the_deploy_with_its_words_and_without_secrets(release: Release) -> None:
     result = release.run(f"seq 100; echo 'password {TOKEN} is wrong' >&2; exit 3")
     lines = result["msg"].splitlines()
-    assert lines[0] == "The migration `migrate 'up to' head` failed (exit code 3)."
+    assert lines[0] == "The migration `migrate 'up to' head` (release_migrate_command) failed with exit code 3."
     assert lines[-2:] == ["password ******** is wrong", "The release that was live still serves."]
     assert TOKEN not in json.dumps(result)
     record = json.loads((release.root / "deploys.jsonl").read_text())
