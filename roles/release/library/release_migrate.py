@@ -61,16 +61,17 @@ def migrate(layout: Layout, release_id: str, user: str) -> dict[str, object]:
         env["PYTHONPATH"] = ":".join(str(application / path) for path in release["python_path"])
     if release["export_env"]:
         env = {**parse_dotenv((directory / ".env").read_text()), **env}
+    what = f"The migration `{command}` (release_migrate_command)"
     started = time.monotonic()
     try:
         result = run(
             shlex.split(command), user=account(user), cwd=application, env=env, timeout=release["migrate_timeout"]
         )
     except ReleaseError as error:
-        raise ReleaseError(f"The migration `{command}` (release_migrate_command) did not finish: {mask(str(error))}") from None
+        raise ReleaseError(f"{what} did not finish: {mask(str(error))}") from None
     said = mask(result.stdout + result.stderr)
     if result.returncode:
-        raise ReleaseError(f"The migration `{command}` (release_migrate_command) failed with exit code {result.returncode}.\n{last_lines(said, 25)}")
+        raise ReleaseError(f"{what} failed with exit code {result.returncode}.\n{last_lines(said, 25)}")
     return {"output": last_lines(said, 25).splitlines(), "seconds": round(time.monotonic() - started, 2)}
 
 
