@@ -67,6 +67,21 @@ def test_failing_migration(server: Server, repository: Repository, deployed: str
     assert "alembic" in run.output
 
 
+def test_a_failure_that_prints_its_settings_shows_no_secret(
+    server: Server, repository: Repository, deployed: str
+) -> None:
+    secret = server.sh(f"sed -n 's/^SECRET_KEY=\"\\(.*\\)\"$/\\1/p' {ROOT}/current/.env")
+    run = server.refuse(
+        *("--tags", "release", "-vvv", "--diff"),
+        release_repository=str(repository.path),
+        release_migrate_command="sh -c 'cat .env; exit 3'",
+    )
+    assert 'SECRET_KEY="********"' in run.output
+    assert len(secret) >= 32
+    assert secret not in run.output
+    assert server.release() == deployed
+
+
 def test_requirements_that_do_not_exist(server: Server, repository: Repository, deployed: str) -> None:
     repository.edit("Ask for too much", "requirements.txt", "fastapi==", "no-such-distribution-zq==1.0\nfastapi==")
     run = expect_refusal(server, repository, deployed)
