@@ -77,9 +77,11 @@ PHASES = (
     (re.compile(r"^Downloading ", re.MULTILINE), "downloading the source"),
     (re.compile(r"^(Installing Python-|checking )", re.MULTILINE), "configuring"),
     (re.compile(r"^(gcc|cc|x86_64-\S+-gcc) ", re.MULTILINE), COMPILING),
-    (re.compile(r"^Running code to generate profile data", re.MULTILINE), PROFILING),
+    # Not "Running code to generate profile data": that is said before the code is even compiled.
+    (re.compile(r"^.*\./python -m test --pgo", re.MULTILINE), PROFILING),
     (re.compile(r"^Rebuilding with profile guided optimizations", re.MULTILINE), RECOMPILING),
-    (re.compile(r"^(/usr/bin/install|Creating directory) ", re.MULTILINE), "installing"),
+    # Not the first use of install(1): building copies a file with it as well.
+    (re.compile(r"^Creating directory ", re.MULTILINE), "installing"),
     (re.compile(r"^(Listing|Compiling) '", re.MULTILINE), "compiling the standard library"),
 )
 COMPILED_FILE = re.compile(r"^(?:gcc|cc|x86_64-\S+-gcc)(?: .*)? -c ", re.MULTILINE)
