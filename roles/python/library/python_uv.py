@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.python_host import remove
+from ansible.module_utils.python_host import PythonError, put_in_place
 
 DOCUMENTATION = r"""
 module: python_uv
@@ -61,12 +61,10 @@ def main() -> None:
             )
         module.run_command([str(new / "bin" / "uv"), "--version"], check_rc=True)
         new.chmod(0o755)
-        if path.is_dir() and any(path.iterdir()) and not (path / "pyvenv.cfg").is_file():
-            module.fail_json(msg=f"{path} on this server is no virtualenv, so not Hardstand's. Move it elsewhere.")
-        if path.exists() or path.is_symlink():
-            path.rename(Path(directory, "old"))
-        new.rename(path)
-        remove(Path(directory, "old"))
+        try:
+            put_in_place(new, path, "pyvenv.cfg")
+        except PythonError as error:
+            module.fail_json(msg=str(error))
     module.exit_json(changed=True)
 
 

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.python_host import PythonError, remove, unpack
+from ansible.module_utils.python_host import PythonError, put_in_place, unpack
 
 DOCUMENTATION = r"""
 module: python_wheels
@@ -23,6 +23,9 @@ options:
   digest:
     {description: What to remember the wheels by., type: str, required: true}
 """
+
+# What the role knows its own directory by, and what is in it.
+MARK = ".hardstand-digest"
 
 
 def main() -> None:
@@ -43,18 +46,13 @@ def main() -> None:
         new = Path(directory, "new")
         try:
             unpack(module, Path(p["source"]), new)
+            for wheel in new.iterdir():
+                wheel.chmod(0o644)
+            (new / MARK).write_text(f"{p['digest']}\n")
+            new.chmod(0o755)
+            put_in_place(new, path, MARK)
         except PythonError as error:
             module.fail_json(msg=str(error))
-        for wheel in new.iterdir():
-            wheel.chmod(0o644)
-        (new / ".hardstand-digest").write_text(f"{p['digest']}\n")
-        new.chmod(0o755)
-        if path.is_dir() and any(path.iterdir()) and not (path / ".hardstand-digest").is_file():
-            module.fail_json(msg=f"{path} on this server holds what Hardstand did not put there. Move it elsewhere.")
-        if path.exists() or path.is_symlink():
-            path.rename(Path(directory, "old"))
-        new.rename(path)
-        remove(Path(directory, "old"))
     module.exit_json(changed=True)
 
 

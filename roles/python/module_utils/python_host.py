@@ -97,6 +97,26 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def put_in_place(new: Path, path: Path, mark: str) -> None:
+    """Move a finished directory to its place, in the stead of an earlier one of ours.
+
+    Args:
+        new: the directory; an earlier one passes through its parent, on the same file system.
+        path: its place.
+        mark: name of the file in it by which ours is known.
+
+    Raises:
+        PythonError: something is there that is not ours.
+    """
+    if path.is_dir() and any(path.iterdir()) and not (path / mark).is_file():
+        raise PythonError(f"{path} on this server holds what Hardstand did not put there. Move it elsewhere.")
+    old = new.parent / "old"
+    if path.exists() or path.is_symlink():
+        path.rename(old)
+    new.rename(path)
+    remove(old)
+
+
 def write_json(path: Path, value: dict[str, t.Any]) -> None:
     """Write a stamp that is there either in full or not at all, also after a power failure."""
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
