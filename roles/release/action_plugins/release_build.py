@@ -134,7 +134,6 @@ class ActionModule(ActionBase):
         args["commit"], args["url"] = plan["commit"], plan["url"]
         # The kernel's list of connections names a socket as it was bound: one spelling here and in the start settings.
         args["root"] = os.path.normpath(args["root"])
-        args["deploy"] = {**plan["deploy"], "lock": args.pop("lock")}
         args["dotenv"] = encode_dotenv({**env, **secrets})
         args["secret_names"] = sorted(secrets)
         args["build_env"] = encode_dotenv(args["build_env"])

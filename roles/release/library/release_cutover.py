@@ -239,17 +239,18 @@ def cut_over(module: AnsibleModule) -> dict[str, t.Any]:
     """Do what is to be done; returns the module's result."""
     p = module.params
     layout = Layout(p["root"], p["app"])
+    live = layout.live_slot()
+    planned = {"changed": True, "slot": other(live or SLOTS[1]), "previous": layout.live_release() or ""}
     if module.check_mode and layout.release(p["release_id"]) is None:
-        return {"changed": True, "slot": other(layout.live_slot() or SLOTS[1]), "previous": layout.live_release() or ""}
+        return planned
     cutover = Cutover(p)
     if cutover.is_done():
         # Nothing to do, but a service that cannot serve must not look like a deploy that succeeded.
-        slot = layout.live_slot()
-        if not module.check_mode and slot:
-            cutover.await_healthy(slot, max(cutover.log_size(slot) - 4000, 0))
-        return {"changed": False, "slot": layout.live_slot(), "previous": layout.live_release()}
+        if not module.check_mode and live:
+            cutover.await_healthy(live, max(cutover.log_size(live) - 4000, 0))
+        return {"changed": False, "slot": live, "previous": layout.live_release()}
     if module.check_mode:
-        return {"changed": True, "slot": other(layout.live_slot() or SLOTS[1]), "previous": layout.live_release() or ""}
+        return planned
     with cutover.alone():
         return {"changed": True, **cutover.run()}
 
