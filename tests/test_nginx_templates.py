@@ -5,6 +5,7 @@ Whether nginx does what its configuration says is for the system tests; these fi
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from typing import Any
@@ -23,6 +24,21 @@ REQUIRED = {
 }
 DEBIAN_12 = {"distribution": "Debian", "distribution_major_version": "12"}
 DEBIAN_13 = {"distribution": "Debian", "distribution_major_version": "13"}
+BALANCER: dict[str, Any] = {
+    "nginx_upstream_socket": "",
+    "nginx_upstream_servers": ["10.0.0.1:8443", "[fd00::2]:8443"],
+    "nginx_upstream_name": "blog.internal",
+    "nginx_upstream_ca_file": "/etc/ssl/fleet-ca.crt",
+    "nginx_static_directory": "",
+}
+MEMBER: dict[str, Any] = {
+    "nginx_peers": ["10.0.0.8", "fd00::9"],
+    "nginx_peer_name": "blog.internal",
+    "nginx_client_ports": False,
+    # For a site that faces clients: addresses in front of the load balancers.
+    "nginx_trusted_proxies": ["192.0.2.0/24"],
+}
+each_place = pytest.mark.parametrize("place", [{}, BALANCER, MEMBER], ids=["alone", "balancer", "member"])
 SITE = "/etc/nginx/sites-available/blog.conf"
 SHARED = "/etc/nginx/conf.d/hardstand.conf"
 PROXY = "/etc/nginx/snippets/hardstand-proxy.conf"
@@ -37,7 +53,7 @@ def render(facts: dict[str, str] = DEBIAN_13, **settings: Any) -> dict[str, str]
 
 def problems(**settings: Any) -> list[str]:
     """Return what the role says about these settings before it changes anything."""
-    found: list[str] = evaluate("nginx", "_nginx_problems", **(REQUIRED | settings))
+    found: list[str] = evaluate("nginx", "_nginx_problems", **({"ansible_check_mode": False} | REQUIRED | settings))
     return found
 
 
@@ -53,9 +69,10 @@ def blocks(text: str, kind: str) -> list[str]:
     return found
 
 
+@each_place
 @pytest.mark.parametrize("facts", [DEBIAN_12, DEBIAN_13])
-def test_braces_match_and_nothing_is_left_unrendered(facts: dict[str, str]) -> None:
-    for path, text in render(facts).items():
+def test_braces_match_and_nothing_is_left_unrendered(facts: dict[str, str], place: dict[str, Any]) -> None:
+    for path, text in render(facts, **place).items():
         assert text.count("{") == text.count("}"), path
         assert "{{" not in text.replace("{{}}", ""), path
         assert "{%" not in text, path
@@ -98,20 +115,25 @@ def test_hsts_is_never_sent_over_plain_http_and_can_be_left_out() -> None:
     assert '"max-age=63072000; includeSubDomains"' in render(nginx_hsts_include_subdomains=True)[SITE]
 
 
-def test_a_client_cannot_say_where_its_request_comes_from() -> None:
-    files = render()
-    sent = dict(re.findall(r"proxy_set_header (\S+) (.*);", files[PROXY] + files[SITE]))
+@each_place
+def test_a_client_cannot_say_where_its_request_comes_from(place: dict[str, Any]) -> None:
+    files = render(**place)
+    found = re.findall(r"proxy_set_header (\S+) (.*);", files[PROXY] + files[SITE])
+    sent = dict(found)
+    assert len(sent) == len(found), "a header that is set twice is sent twice"
     assert sent["Host"] == "$host"
     assert sent["X-Forwarded-For"] == sent["X-Real-IP"] == "$remote_addr"
     assert sent["X-Forwarded-Proto"] == "https"
-    assert sent["X-Request-ID"] == "$request_id"
+    # Only a load balancer can reach a member, and it sends its own.
+    assert sent["X-Request-ID"] == ("$http_x_request_id" if place is MEMBER else "$request_id")
     for header in ("Forwarded", "X-Forwarded-Host", "X-Forwarded-Port", "X-Forwarded-Ssl", "X-Forwarded-Protocol"):
         assert sent[header] == '""'
     assert "$http_host" not in files[PROXY] + files[SITE]
 
 
-def test_no_location_drops_the_proxy_headers_with_one_of_its_own() -> None:
-    for block in blocks(render()[SITE], "location"):
+@each_place
+def test_no_location_drops_the_proxy_headers_with_one_of_its_own(place: dict[str, Any]) -> None:
+    for block in blocks(render(**place)[SITE], "location"):
         assert "proxy_set_header" not in block
 
 
@@ -123,11 +145,12 @@ def test_forwarded_addresses_are_believed_from_trusted_proxies_alone() -> None:
     assert "real_ip_header X-Forwarded-For;" in site
 
 
-def test_connections_to_the_upstream_end_within_two_seconds() -> None:
-    """The cut-over depends on it: nginx must let go of the old slot by itself."""
-    (upstream,) = blocks(render()[SITE], "upstream")
-    assert "server unix:/srv/blog/run/live.sock;" in upstream
-    assert "keepalive 64;" in upstream
+@each_place
+def test_connections_to_the_upstream_end_within_two_seconds(place: dict[str, Any]) -> None:
+    """Cut-over and draining depend on it: nginx must let go of the old slot, and of a drained member, by itself."""
+    (upstream,) = blocks(render(**place)[SITE], "upstream")
+    assert ("server unix:/srv/blog/run/live.sock;" in upstream) == (place is not BALANCER)
+    assert upstream.index("keepalive 64;") > upstream.find("least_conn;")
     assert "keepalive_time 2s;" in upstream
     assert "keepalive_timeout 2s;" in upstream
     assert "proxy_next_upstream off;" in render()[PROXY]
@@ -198,8 +221,124 @@ def test_extra_lines_land_in_their_place() -> None:
     assert re.search(r"^map a \$b {}$", site[SITE], re.MULTILINE)
 
 
+def test_a_balancer_knows_every_member_and_never_runs_out_of_them() -> None:
+    (upstream,) = blocks(render(**BALANCER)[SITE], "upstream")
+    servers = re.findall(r"server (.*);", upstream)
+    assert servers[:2] == [f"{server} max_fails=1 fail_timeout=3s" for server in BALANCER["nginx_upstream_servers"]]
+    assert servers[2:] == [f"{server} max_fails=0 backup" for server in BALANCER["nginx_upstream_servers"]]
+    assert "zone hardstand-blog" in upstream
+
+
+def test_a_single_member_is_never_left_out() -> None:
+    """nginx ignores max_fails where a group has one server, and it would have two with a backup."""
+    (upstream,) = blocks(render(**BALANCER | {"nginx_upstream_servers": ["10.0.0.1:8443"]})[SITE], "upstream")
+    assert len(re.findall(r"server ", upstream)) == 1
+    (upstream,) = blocks(render(**BALANCER | {"nginx_upstream_servers": []})[SITE], "upstream")
+    assert "server 127.0.0.1:1 down;" in upstream
+
+
+def test_a_balancer_sends_again_what_is_safe_to_send_again() -> None:
+    (location,) = [block for block in blocks(render(**BALANCER)[SITE], "location") if "proxy_pass" in block]
+    assert "proxy_pass https://hardstand-blog;" in location
+    assert "proxy_next_upstream error timeout;" in location
+    assert "proxy_connect_timeout 2s;" in location
+    for setting in ("verify on", "name blog.internal", "server_name on", "trusted_certificate /etc/ssl/fleet-ca.crt"):
+        assert f"proxy_ssl_{setting};" in location
+    # The member's own answer to a slow request comes first.
+    assert "proxy_read_timeout 65s;" in render(**BALANCER)[SITE]
+    assert "proxy_read_timeout 60s;" in render(**MEMBER)[SITE]
+
+
+def test_a_member_answers_load_balancers_alone() -> None:
+    files = render(**MEMBER)
+    listens = set(re.findall(r"listen (.*);", files[SITE] + files[SHARED]))
+    assert listens == {"8443 ssl", "[::]:8443 ssl", "8443 ssl default_server", "[::]:8443 ssl default_server"}
+    (peers,) = blocks(files[SITE], "geo")
+    assert "geo $realip_remote_addr $hardstand_blog_peer" in peers
+    allowed = dict(re.findall(r"^\s+(\S+) (\S+);", peers, re.MULTILINE))
+    assert allowed == {"default": '""', "127.0.0.1": "local", "::1": "local", "10.0.0.8": "lb", "fd00::9": "lb"}
+    strangers, server = blocks(files[SITE], "server")
+    assert "ssl_reject_handshake on;" in strangers
+    assert re.search(r'if \(\$hardstand_blog_peer = ""\) {\s+return 444;', server)
+    assert "server_name blog.internal blog.example.org www.example.org;" in server
+
+
+def test_a_member_believes_load_balancers_alone() -> None:
+    site = render(**MEMBER)[SITE]
+    assert re.findall(r"set_real_ip_from (.*);", site) == ["10.0.0.8", "fd00::9"]
+
+
+def test_headers_for_clients_come_from_the_load_balancer_alone() -> None:
+    added = re.findall(r"add_header (\S+)", render(**MEMBER)[SITE])
+    assert set(added) == {"Cache-Control", "Retry-After"}
+    assert "add_header X-Request-ID" in render(**BALANCER)[SITE]
+    assert "hardstand_peer buffer" in render(**MEMBER)[SITE]
+
+
+def test_a_member_without_an_application_leaves_the_answer_to_others() -> None:
+    site = render(**MEMBER)[SITE]
+    (unsent,) = [block for block in blocks(site, "map") if "_unsent" in block]
+    assert '"lb:-" 1;' in unsent
+    (page,) = [block for block in blocks(site, "location") if "^~ /.hardstand/" in block]
+    assert re.search(r"if \(\$hardstand_blog_unsent\) {\s+return 444;", page)
+
+
+def test_a_server_can_be_both() -> None:
+    """Both sites write the shared files, so they have to agree on them."""
+    both = {"nginx_client_ports": True}
+    member = render(**MEMBER | both)
+    balancer = render(**BALANCER | both | {"nginx_site": "blog-lb"})
+    shared = member.keys() & balancer.keys()
+    assert len(shared) >= 5
+    assert {path: member[path] for path in shared} == {path: balancer[path] for path in shared}
+    assert "443 ssl default_server" in member[SHARED]
+
+
+@pytest.mark.parametrize("place", [{}, BALANCER], ids=["alone", "balancer"])
+def test_maintenance_begins_with_a_file(place: dict[str, Any]) -> None:
+    site = render(**place, nginx_maintenance_allow=["192.0.2.0/24"], nginx_maintenance_paths=["/health/", "/a.b"])[SITE]
+    (server,) = [block for block in blocks(site, "server") if " ssl" in block]
+    assert "if (-f /etc/hardstand/maintenance/blog/on)" in server
+    assert "error_page 599 =503 /.hardstand/maintenance/page.$hardstand_page_type;" in server
+    (closed,) = [block for block in blocks(site, "map") if "_closed" in block]
+    open_at = [re.compile(pattern) for pattern in re.findall(r'^\s+"?~(.*?)"? "";', closed, re.MULTILINE)]
+    assert "volatile;" in closed
+    for path, is_open in {"/health/live": True, "/a.b/c": True, "/axb": False, "/x/health/": False}.items():
+        assert any(pattern.search(path) for pattern in open_at) == is_open, path
+    # The page itself has to be reachable, or nginx would go round in a circle.
+    assert any(pattern.search("/.hardstand/maintenance/page.html") for pattern in open_at)
+    (page,) = [block for block in blocks(server, "location") if "/maintenance/" in block]
+    assert "internal;" in page
+    assert "add_header Retry-After 120 always;" in page
+
+
+def test_maintenance_is_the_business_of_the_site_that_faces_clients() -> None:
+    assert "maintenance" not in render(**MEMBER)[SITE]
+
+
+@pytest.mark.parametrize(("message", "text"), [("", "The application is down"), ('<b> & "', '<b> & "')])
+def test_the_maintenance_pages_say_what_they_are_told(message: str, text: str) -> None:
+    def page(kind: str) -> str:
+        lookup = f"lookup('ansible.builtin.template', 'maintenance.{kind}.j2')"
+        return str(evaluate("nginx", lookup, nginx_maintenance_message=message, **REQUIRED))
+
+    assert text in json.loads(page("json"))["detail"]
+    assert html.escape(text).replace("&quot;", "&#34;") in page("html")
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"), [("on", True), ("off", False), ("true", True), ("false", False), ("yes", True), ("no", False)]
+)
+def test_maintenance_has_the_names_that_yaml_has(said: str, meant: bool) -> None:
+    begins = evaluate("nginx", "_nginx_maintenance_begins", nginx_maintenance_state=said, **REQUIRED)
+    assert begins is meant
+
+
 def test_sound_settings_are_no_problem() -> None:
     assert problems() == []
+    assert problems(**BALANCER) == []
+    assert problems(**MEMBER) == []
+    assert problems(**MEMBER | {"nginx_peers": [""]}, ansible_check_mode=True) == []
     assert problems(nginx_static_directory="", nginx_trusted_proxies=["10.0.0.1", "fd00::/8"]) == []
 
 
@@ -218,8 +357,29 @@ def test_sound_settings_are_no_problem() -> None:
         ("nginx_static_cache_control", 'public"; add_header X y'),
         ("nginx_client_max_body_size", "10 MB"),
         ("nginx_trusted_proxies", ["lb.example.org"]),
+        ("nginx_upstream_socket", ""),
+        ("nginx_upstream_servers", ["app1:8443"]),
+        ("nginx_maintenance_paths", ["health"]),
+        ("nginx_maintenance_allow", ["office"]),
     ],
 )
 def test_a_wrong_setting_is_named(name: str, value: Any) -> None:
     (problem,) = problems(**{name: value})
+    assert problem.startswith(name)
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "value"),
+    [
+        (BALANCER, "nginx_upstream_ca_file", ""),
+        (BALANCER, "nginx_upstream_name", ""),
+        (MEMBER, "nginx_peers", ["10.0.0.8", ""]),
+        (MEMBER, "nginx_peers", ["lb.example.org"]),
+        (MEMBER, "nginx_peer_port", 443),
+    ],
+)
+def test_a_wrong_setting_of_a_fleet_is_named(place: dict[str, Any], name: str, value: Any) -> None:
+    (problem,) = problems(**place | {name: value})
+    if name == "nginx_upstream_name":  # then it is a site of its own, and lacks the socket
+        name = "nginx_upstream_socket"
     assert problem.startswith(name)
