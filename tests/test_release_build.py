@@ -29,6 +29,7 @@ from tests.release_support import (
     start_module,
     wheel,
 )
+from tests.role_templates import evaluate
 
 REQUIREMENTS = "gunicorn==27.0.1\nuvicorn-worker==0.4.0\nleft==1.0\n"
 CODE = {"service.py": "app = 1\n", "requirements.txt": REQUIREMENTS}
@@ -191,6 +192,119 @@ class TestVirtualenv:
         assert "left==1.0\n" in (server.release() / "requirements.lock").read_text()
         second = server.repository.commit({"service.py": "app = 2\n"})
         assert server.build(second, "2-2", **changes)["dependencies"] == "unchanged"
+
+
+def dependencies_of(requirements: str) -> str:
+    """Return a full set, as another server has decided on it."""
+    return f"gunicorn==27.0.1\nuvicorn-worker==0.4.0\n{requirements}\n"
+
+
+class TestDependenciesOfAFleet:
+    """One host decides on the full set, and all have it, whatever an index says meanwhile."""
+
+    def test_are_asked_for_by_a_host_that_may_not_decide(self, server: Server) -> None:
+        commit = server.repository.commit({**CODE, "requirements.txt": "gunicorn\nuvicorn-worker\n"})
+        result = server.build(commit, may_resolve=False)
+        assert (result["changed"], result["missing_dependencies"], result["missing_commit"]) == (False, True, False)
+        assert "dependency_set" not in result
+        assert "resolved" not in result
+        assert not result.get("failed")
+        assert (server.releases(), server.virtualenvs(), server.records()) == ([], [], [])
+        assert not (server.root / "venvs" / ".locks").exists()
+
+    def test_are_installed_as_given_and_kept_for_the_next_build(self, server: Server) -> None:
+        commit = server.repository.commit({**CODE, "requirements.txt": "gunicorn\nuvicorn-worker\n"})
+        given = dependencies_of("left==1.0")
+        first = server.build(commit, "1-1", may_resolve=False, dependencies=given)
+        assert (first["changed"], first["resolved"], first["missing_dependencies"]) == (True, False, False)
+        assert (server.release("1-1") / "requirements.lock").read_text() == given
+        # Its own choice would have been the newest, left 2.0.
+        second = server.build(server.repository.commit({"service.py": "app = 2\n"}), "2-2", may_resolve=False)
+        assert (second["dependencies"], second["resolved"]) == ("unchanged", False)
+        assert second["dependency_set"] == first["dependency_set"]
+        assert (server.release("2-2") / "requirements.lock").read_text() == given
+        assert len(server.virtualenvs()) == 1
+
+    def test_replace_those_that_the_host_had_kept(self, server: Server) -> None:
+        commit = server.repository.commit({**CODE, "requirements.txt": "gunicorn\nuvicorn-worker\nleft\n"})
+        first = server.build(commit, "1-1")
+        assert first["resolved"]
+        given = dependencies_of("left==1.0")
+        assert server.build(commit, "2-2", dependencies=given)["dependency_set"] != first["dependency_set"]
+        third = server.build(commit, "3-3")
+        assert not third["resolved"]
+        assert (server.release("3-3") / "requirements.lock").read_text() == given
+
+    def test_are_named_alike_on_every_host(self, server: Server, commit: str) -> None:
+        built = server.build(commit)
+        assert built["resolved"]
+        again = server.build(commit, may_resolve=False)
+        assert (again["changed"], again["resolved"]) == (False, False)
+        assert again["dependency_set"] == built["dependency_set"]
+        lock = (server.release() / "requirements.lock").read_text()
+        other = server.build(commit, "2-2", dependencies=lock)
+        assert other["dependency_set"] == built["dependency_set"]
+
+    def test_that_the_repository_fixes_are_the_same_anyway(self, server: Server) -> None:
+        """No host decides on a lock file, so none waits to be told."""
+        commit = server.repository.commit({**CODE, "requirements.lock": dependencies_of("left==1.0")})
+        result = server.build(commit, may_resolve=False)
+        assert (result["changed"], result["resolved"], result["missing_dependencies"]) == (True, False, False)
+
+    def rebuilt(self, server: Server, commit: str) -> bool:
+        """Give other dependencies than the release was built with; returns whether it has them now."""
+        given = dependencies_of("left==2.0")
+        result = server.build(commit, dependencies=given)
+        built = (server.release() / "requirements.lock").read_text() == given
+        assert result["changed"] == built
+        (lock,) = server.release().glob("requirements.lock")
+        assert "left==" in lock.read_text(), "the release is whole in any case"
+        return built
+
+    def test_make_a_release_anew_that_was_built_with_others(self, server: Server, commit: str) -> None:
+        """A deploy that built it and went no further had decided on another set."""
+        server.build(commit)
+        assert self.rebuilt(server, commit)
+        assert server.releases() == [RELEASE_ID]
+
+    @pytest.mark.parametrize("use", ["live", "to", "from"])
+    def test_do_not_touch_a_release_that_is_in_use(self, server: Server, commit: str, use: str) -> None:
+        server.build(commit)
+        if use == "live":
+            (server.root / "current").symlink_to(f"releases/{RELEASE_ID}")
+        else:
+            pending = {"to": "9-9", "from": "8-8", "deploy": {}, use: RELEASE_ID}
+            (server.root / ".deploy.json").write_text(json.dumps(pending))
+        assert not self.rebuilt(server, commit)
+
+    def test_given_for_a_release_that_has_them_change_nothing(self, server: Server, commit: str) -> None:
+        server.build(commit)
+        lock = (server.release() / "requirements.lock").read_text()
+        assert not server.build(commit, dependencies=lock)["changed"]
+
+    @pytest.mark.parametrize(
+        ("builds", "host"),
+        [
+            # The first host decides where nobody has a set yet.
+            ({"app1": ("a", True), "app2": None, "app3": None}, "app1"),
+            # A set that was there before wins, so that no host has to change.
+            ({"app1": ("a", True), "app2": ("b", False), "app3": None}, "app2"),
+            ({"app1": ("a", False), "app2": ("b", False), "app3": None}, "app1"),
+            ({"app1": ("a", True), "app2": None, "app3": ("b", False)}, "app3"),
+        ],
+    )
+    def test_are_those_of_one_host(self, builds: dict[str, tuple[str, bool] | None], host: str) -> None:
+        results = {
+            name: {"dependency_set": said[0], "resolved": said[1]} if said else {"missing_dependencies": True}
+            for name, said in builds.items()
+        }
+        variables = {
+            "ansible_play_hosts": list(builds),
+            "hostvars": {name: {"__release_build": result} for name, result in results.items()},
+        }
+        assert evaluate("release", "_release_dependencies_host", **variables) == host
+        sets = [said[0] if said else "" for said in builds.values()]
+        assert evaluate("release", "_release_dependency_sets", **variables) == sets
 
 
 class TestPlacesOfTheApplication:

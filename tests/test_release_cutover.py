@@ -5,247 +5,16 @@ from __future__ import annotations
 import http.client
 import json
 import os
-import shutil
 import signal
 import socket
-import subprocess
-import sys
-import tempfile
-import threading
 import xmlrpc.client
-from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.release_support import (
-    APP,
-    SERVICE,
-    Server,
-    alive,
-    eventually,
-    load,
-    result_of,
-    run_module,
-    start_module,
-    start_settings,
-)
-
-host = load("module_utils/release_host.py")
-PROJECT = Path(__file__).resolve().parents[1]
-
-# Answers with its own version, and who it is. "/slow/2" takes two seconds; "/health" is bad while shared/sick exists.
-SERVICE_PY = """
-import asyncio, json, os
-from pathlib import Path
-
-VERSION = "{version}"
-{extra}
-
-async def app(scope, receive, send):
-    if scope["type"] != "http":
-        return
-    path = scope["path"]
-    if path.startswith("/slow/"):
-        await asyncio.sleep(float(path.removeprefix("/slow/")))
-    sick = Path(os.environ["HOME"], "sick").exists()
-    status = 503 if path == "/health" and sick else 200
-    about = {{"version": VERSION, "slot": os.environ["HARDSTAND_SLOT"], "pid": os.getpid(), "master": os.getppid()}}
-    body = json.dumps(about)
-    await send({{"type": "http.response.start", "status": status, "headers": [(b"content-length", b"%d" % len(body))]}})
-    await send({{"type": "http.response.body", "body": body.encode()}})
-"""
-
-
-class Connection(http.client.HTTPConnection):
-    """A connection to the live slot, as nginx makes one."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__("localhost", timeout=20)
-        self.path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(20)
-        self.sock.connect(str(self.path))
-
-    def ask(self, path: str = "/") -> dict[str, Any]:
-        self.request("GET", path)
-        answer: dict[str, Any] = json.loads(self.getresponse().read())
-        return answer
-
-
-class Host(Server):
-    """A server with a supervisord."""
-
-    def __init__(self, directory: Path) -> None:
-        super().__init__(directory, None)
-        self.conf, self.logs = directory / "conf.d", directory / "log"
-        self.conf.mkdir()
-        self.logs.mkdir()
-        self.socket = directory / "supervisor.sock"
-        (directory / "supervisord.conf").write_text(
-            f"[supervisord]\nlogfile={directory}/supervisord.log\npidfile={directory}/supervisord.pid\nuser=root\n"
-            f"[unix_http_server]\nfile={self.socket}\n"
-            "[rpcinterface:supervisor]\nsupervisor.rpcinterface_factory = "
-            "supervisor.rpcinterface:make_main_rpcinterface\n"
-            f"[include]\nfiles={self.conf}/*.conf\n"
-        )
-        supervisord = Path(sys.executable).with_name("supervisord")
-        self.process = subprocess.Popen(
-            [supervisord, "--nodaemon", "--silent", "--configuration", directory / "supervisord.conf"], cwd="/"
-        )
-        self.supervisor = host.Supervisor(str(self.socket), str(self.conf))
-        self.number = 0
-
-    def make(self, extra: str = "", *, settings: dict[str, Any] | None = None, dotenv: str = "") -> str:
-        """Build a release of a new version of the service; returns its id. The first one installs from the index."""
-        self.number += 1
-        release_id = f"{self.number:08}-{self.number:08}"
-        commit = self.repository.commit(
-            {
-                "service.py": SERVICE_PY.format(version=self.number, extra=extra),
-                "requirements.txt": "".join(
-                    line + "\n"
-                    for line in (PROJECT / "requirements.txt").read_text().splitlines()
-                    if line.startswith(("gunicorn==", "uvicorn==", "uvicorn-worker=="))
-                ),
-            }
-        )
-        files = start_settings(
-            self.root, release_id, release_workers="1", release_request_timeout=10, _release_user=SERVICE
-        )
-        files = {name: text.replace("/var/log/supervisor", str(self.logs)) for name, text in files.items()}
-        result = self.build(
-            commit,
-            release_id,
-            files=files,
-            settings=settings or {},
-            dotenv=f'KEY="value"\n{dotenv}',
-            secret_names=["TOKEN"],
-        )
-        assert result.get("changed"), result
-        return release_id
-
-    def arguments_for(self, release_id: str, **changes: Any) -> dict[str, Any]:
-        return {
-            "app": APP,
-            "root": str(self.root),
-            "release_id": release_id,
-            "health_timeout": 20,
-            "drain_timeout": 10,
-            "supervisor_socket": str(self.socket),
-            "supervisor_directory": str(self.conf),
-            "log_directory": str(self.logs),
-            "deploy": self.deploy,
-        } | changes
-
-    def cut_over(self, release_id: str, *, check: bool = False, **changes: Any) -> dict[str, Any]:
-        return run_module("release_cutover", self.arguments_for(release_id, **changes), check=check)
-
-    def deploy_new(self, **changes: Any) -> str:
-        """Build and cut over; returns the release's id."""
-        release_id = self.make()
-        result = self.cut_over(release_id, **changes)
-        assert result.get("changed"), result
-        return release_id
-
-    def connection(self) -> Connection:
-        return Connection(self.root / "run" / "live.sock")
-
-    def ask(self, path: str = "/") -> dict[str, Any]:
-        """Return what a new client gets."""
-        connection = self.connection()
-        try:
-            return connection.ask(path)
-        finally:
-            connection.close()
-
-    def live(self) -> str:
-        """Return the release that people see."""
-        return (self.root / "current").readlink().name
-
-    def programs(self) -> dict[str, str]:
-        """Return what supervisord knows, and its state."""
-        found = self.supervisor._call("getAllProcessInfo")
-        return {program["name"]: program["statename"] for program in found}
-
-    def gunicorns(self) -> set[int]:
-        """Return the processes of this server's gunicorns."""
-        found = set()
-        for path in Path("/proc").glob("[0-9]*/cmdline"):
-            try:
-                if str(self.root).encode() in path.read_bytes() and alive(int(path.parent.name)):
-                    found.add(int(path.parent.name))
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-        return found
-
-    def assert_one_slot(self, release_id: str) -> None:
-        """One release serves, alone, and Supervisor's files say what runs."""
-        answer = self.ask()
-        assert answer["version"] == str(int(release_id.partition("-")[0]))
-        slot = answer["slot"]
-        assert self.live() == release_id
-        assert self.programs().keys() == {f"{APP}-{slot}"}
-        assert [file.name for file in self.conf.glob("*.conf")] == [f"{APP}-{slot}.conf"]
-        assert sorted(file.name for file in (self.root / "run").glob("*.sock")) == sorted([f"{slot}.sock", "live.sock"])
-        assert len(self.gunicorns()) == 2, "a master and its worker"
-
-    def reset(self) -> None:
-        """Forget releases and processes, and keep the virtualenv and the cache."""
-        for program, state in self.programs().items():
-            if state in ("RUNNING", "STARTING", "BACKOFF"):
-                self.supervisor._call("stopProcess", program, False)
-            with suppress(xmlrpc.client.Fault):  # it has ended already
-                self.supervisor._call("signalProcess", program, "KILL")
-            self.supervisor.remove(program, 20)
-        for pid in self.gunicorns():
-            os.kill(pid, signal.SIGKILL)
-        for name in ("run", "shared", "releases"):
-            shutil.rmtree(self.root / name, ignore_errors=True)
-        for name in ("current", "deploys.jsonl"):
-            (self.root / name).unlink(missing_ok=True)
-
-    def stop(self) -> None:
-        self.supervisor.close()
-        self.process.terminate()
-        self.process.wait(30)
-
-
-@pytest.fixture(scope="module")
-def shared_host() -> Iterator[Host]:
-    directory = Path(tempfile.mkdtemp(prefix="hardstand-"))
-    directory.chmod(0o755)
-    made = Host(directory)
-    eventually(made.socket.exists, "supervisord listens")
-    yield made
-    made.stop()
-    assert made.gunicorns() == set(), "supervisord's end leaves no gunicorn"
-    shutil.rmtree(directory)
-
-
-@pytest.fixture
-def app_host(shared_host: Host) -> Iterator[Host]:
-    """A host without a release."""
-    yield shared_host
-    shared_host.reset()
-
-
-class InBackground:
-    """A request, or anything else, that goes on meanwhile."""
-
-    def __init__(self, action: Callable[[], Any]) -> None:
-        self._result: list[Any] = []
-        self._thread = threading.Thread(target=lambda: self._result.append(action()), daemon=True)
-        self._thread.start()
-
-    def result(self) -> Any:
-        self._thread.join(30)
-        assert self._result, "it failed, or did not end"
-        return self._result[0]
+from tests.app_host import Host, InBackground, host
+from tests.release_support import APP, SERVICE, alive, eventually, result_of, start_module
 
 
 def test_the_first_release_and_the_ones_after_it(app_host: Host) -> None:
@@ -410,17 +179,11 @@ class TestARefusedRelease:
 class TestCutOff:
     """The module is killed, and run again: one release serves, in one slot, and no request is lost meanwhile."""
 
-    def killed(self, app_host: Host, release_id: str, when: Callable[[], object], what: str, **changes: Any) -> None:
-        process = start_module("release_cutover", app_host.arguments_for(release_id, **changes))
-        eventually(when, what)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-
     def test_before_the_new_release_is_healthy(self, app_host: Host) -> None:
         old = app_host.deploy_new()
         new = app_host.make("import time; time.sleep(1)")
         green = app_host.conf / f"{APP}-green.conf"
-        self.killed(app_host, new, lambda: green.exists() and len(app_host.programs()) == 2, "green is started")
+        app_host.cut_off(new, lambda: green.exists() and len(app_host.programs()) == 2, "green is started")
         assert app_host.ask()["slot"] == "blue"
         assert app_host.live() == old
         assert app_host.cut_over(new)["changed"]
@@ -429,7 +192,7 @@ class TestCutOff:
     def test_and_then_another_release_is_deployed(self, app_host: Host) -> None:
         app_host.deploy_new()
         abandoned = app_host.make("import time; time.sleep(1)")
-        self.killed(app_host, abandoned, lambda: len(app_host.programs()) == 2, "green is started")
+        app_host.cut_off(abandoned, lambda: len(app_host.programs()) == 2, "green is started")
         app_host.assert_one_slot(app_host.deploy_new())
 
     def test_between_the_two_links(self, app_host: Host) -> None:
@@ -445,7 +208,7 @@ class TestCutOff:
         new = app_host.make()
         request = InBackground(lambda: app_host.ask("/slow/2"))
         eventually(lambda: host.connections(app_host.root / "run" / "blue.sock") == 1, "the request is there")
-        self.killed(app_host, new, lambda: app_host.live() == new, "the new release is live")
+        app_host.cut_off(new, lambda: app_host.live() == new, "the new release is live")
         pid = app_host.ask()["pid"]
         result = app_host.cut_over(new)
         assert result["changed"]
@@ -459,7 +222,7 @@ class TestCutOff:
         request = InBackground(lambda: app_host.ask("/slow/2"))
         eventually(lambda: host.connections(app_host.root / "run" / "blue.sock") == 1, "the request is there")
         stopping = lambda: app_host.programs().get(f"{APP}-blue") == "STOPPING"  # noqa: E731
-        self.killed(app_host, new, stopping, "blue stops", drain_timeout=0)
+        app_host.cut_off(new, stopping, "blue stops", drain_timeout=0)
         assert [file.name for file in app_host.conf.iterdir()] == [f"{APP}-green.conf"], "a reboot starts one slot"
         assert app_host.cut_over(new)["changed"]
         assert request.result()["slot"] == "blue"
@@ -470,9 +233,184 @@ class TestCutOff:
         new, other = app_host.make("import time; time.sleep(1)"), app_host.make()
         first = start_module("release_cutover", app_host.arguments_for(new))
         eventually(lambda: len(app_host.programs()) == 2, "green is started")
-        assert app_host.cut_over(other)["msg"].startswith("Another cut-over is under way on this host")
+        assert app_host.cut_over(other)["msg"].startswith("Another step of a deploy is under way")
         assert result_of(first)["changed"]
         app_host.assert_one_slot(new)
+
+
+class TestSteps:
+    """What a fleet does: each step on all hosts before the next one."""
+
+    def test_the_old_release_runs_until_it_is_drained(self, app_host: Host) -> None:
+        old = app_host.deploy_new()
+        before, new = app_host.ask(), app_host.make()
+
+        started = app_host.step("start", new)
+        assert (started["done"], started["slot"], started["previous"]) == (False, "green", old)
+        assert started["healthy_seconds"] > 0
+        assert app_host.ask() == before, "started, and not reached"
+        assert app_host.live() == old
+        assert len(app_host.programs()) == 2
+
+        assert app_host.step("switch", new)["slot"] == "green"
+        assert (app_host.ask()["slot"], app_host.live()) == ("green", new)
+        assert app_host.programs()[f"{APP}-blue"] == "RUNNING"
+        assert alive(before["pid"]), "going back is a matter of one rename"
+
+        request = InBackground(lambda: app_host.ask("/slow/1", slot="blue"))
+        eventually(lambda: host.connections(app_host.root / "run" / "blue.sock") == 1, "the old one has a request")
+        drained = app_host.step("drain", new)
+        assert (drained["unfinished"], drained["slot"]) == (0, "green")
+        assert drained["drain_seconds"] > 0.3
+        assert request.result()["slot"] == "blue"
+        app_host.assert_one_slot(new)
+
+    def test_each_may_be_repeated(self, app_host: Host) -> None:
+        app_host.deploy_new()
+        new = app_host.make()
+        first = app_host.step("start", new)
+        pid = app_host.ask(slot="green")["pid"]
+        again = app_host.step("start", new)
+        assert (again["done"], again["slot"], again["previous"]) == (False, "green", first["previous"])
+        for step in ("switch", "switch", "start", "drain", "drain", "switch"):
+            app_host.step(step, new)
+            assert (app_host.ask()["pid"], app_host.live()) == (pid, new), f"{step} has started it anew"
+        done = app_host.step("start", new)
+        assert (done["changed"], done["done"], done["previous"]) == (False, True, new)
+        app_host.assert_one_slot(new)
+
+    def test_requests_reach_only_what_was_started(self, app_host: Host) -> None:
+        old = app_host.deploy_new()
+        before, new = app_host.ask(), app_host.make()
+        result = app_host.cut_over(new, step="switch")
+        assert result["msg"] == (
+            f"Release {new} does not run here, although it was started.\nRelease {old} still serves."
+        )
+        assert app_host.records()[-1]["outcome"] == "failed: switch"
+        assert app_host.ask() == before
+        app_host.assert_one_slot(old)
+
+    def test_nothing_is_stopped_before_the_release_serves(self, app_host: Host) -> None:
+        old = app_host.deploy_new()
+        new = app_host.make()
+        app_host.step("start", new)
+        result = app_host.cut_over(new, step="drain")
+        assert result["msg"] == f"Release {new} does not serve here yet.\nRelease {old} still serves."
+        assert len(app_host.programs()) == 2
+        assert app_host.ask(slot="green")["slot"] == "green"
+
+    def test_one_that_is_live_and_not_healthy_is_a_failure(self, app_host: Host) -> None:
+        app_host.deploy_new()
+        new = app_host.make()
+        app_host.step("start", new)
+        (app_host.root / "shared" / "sick").touch()
+        message = app_host.cut_over(new, step="switch")["msg"]
+        assert message.startswith(f"Release {new} is live and not healthy: 503 Service Unavailable: {{")
+        assert message.endswith("It is the live release, and is left as it is.")
+        assert app_host.programs().keys() == {f"{APP}-blue", f"{APP}-green"}, "there is something to go back to"
+
+    def test_a_release_that_cannot_serve_does_not_get_beyond_the_first(self, app_host: Host) -> None:
+        old = app_host.deploy_new()
+        broken = app_host.make("import nowhere")
+        result = app_host.cut_over(broken, step="start")
+        assert "No module named 'nowhere'" in result["msg"]
+        assert result["msg"].endswith(f"\nRelease {old} still serves.")
+        assert app_host.records()[-1]["outcome"] == "failed: start"
+        app_host.assert_one_slot(old)
+
+    def test_are_foretold_in_check_mode(self, app_host: Host) -> None:
+        old = app_host.deploy_new()
+        new = app_host.make()
+        before = app_host.ask()
+        foretold = app_host.cut_over(new, check=True, step="start")
+        assert (foretold["changed"], foretold["done"], foretold["slot"]) == (True, False, "green")
+        for step in ("switch", "drain"):
+            assert app_host.cut_over(new, check=True, step=step)["changed"]
+        # One that is not even built: a dry run has not built it.
+        assert app_host.cut_over("9-9", check=True, step="start")["changed"]
+        done = app_host.cut_over(old, check=True, step="start")
+        assert (done["changed"], done["done"]) == (False, True)
+        assert app_host.ask() == before
+        assert app_host.pending() is None
+        app_host.assert_one_slot(old)
+
+    def test_each_may_be_cut_off_and_repeated(self, app_host: Host) -> None:
+        old = app_host.deploy_new()
+        new = app_host.make("import time; time.sleep(0.7)")
+        green = app_host.conf / f"{APP}-green.conf"
+        app_host.cut_off(
+            new, lambda: green.exists() and len(app_host.programs()) == 2, "green is started", step="start"
+        )
+        app_host.step("start", new)
+
+        # After it has reached the first of its links and nobody has looked whether it answers there.
+        (app_host.root / "shared" / "sick").touch()
+        assert "failed" in app_host.cut_over(new, step="switch")
+        (app_host.root / "shared" / "sick").unlink()
+        host.replace_symlink(app_host.root / "current", f"releases/{old}")
+        assert app_host.step("switch", new)["slot"] == "green"
+        assert app_host.live() == new
+
+        request = InBackground(lambda: app_host.ask("/slow/1.5", slot="blue"))
+        eventually(lambda: host.connections(app_host.root / "run" / "blue.sock") == 1, "the old one has a request")
+        stopping = lambda: app_host.programs().get(f"{APP}-blue") == "STOPPING"  # noqa: E731
+        app_host.cut_off(new, stopping, "blue stops", step="drain", drain_timeout=0)
+        app_host.step("drain", new)
+        assert request.result()["slot"] == "blue"
+        app_host.assert_one_slot(new)
+
+
+class TestWhatIsUnderWay:
+    """The host remembers what to go back to, whatever becomes of the control node."""
+
+    def test_is_noted_by_the_first_step_and_forgotten_by_the_last(self, app_host: Host) -> None:
+        lock = {"path": "/nowhere", "token": "t0ken"}
+        first = app_host.make()
+        app_host.step("start", first, deploy={**app_host.deploy, "lock": lock})
+        pending = app_host.pending()
+        assert pending is not None
+        assert (pending["from"], pending["to"], pending["deploy"]["id"]) == ("", first, "d1")
+        assert "t0ken" not in json.dumps(pending), "everyone may read it"
+        for step in ("switch", "drain"):
+            app_host.step(step, first)
+            assert app_host.pending() == pending
+        app_host.finish(first)
+        assert app_host.pending() is None
+
+        second = app_host.make()
+        app_host.step("start", second)
+        assert (app_host.pending() or {}).items() >= {"from": first, "to": second}.items()
+
+    def test_is_noted_before_anything_runs(self, app_host: Host) -> None:
+        old = app_host.deploy_new()
+        broken = app_host.make("import nowhere")
+        app_host.cut_over(broken, step="start")
+        assert (app_host.pending() or {}).items() >= {"from": old, "to": broken}.items()
+
+    def test_goes_back_to_what_served_before_the_first_deploy_that_was_cut_off(self, app_host: Host) -> None:
+        served = app_host.deploy_new()
+        first, second = app_host.make(), app_host.make()
+        for step in ("start", "switch"):
+            app_host.step(step, first)
+        # Its control node died. The next deploy finds this host switched, and others of the fleet not.
+        app_host.step("start", second, deploy={**app_host.deploy, "id": "d2"})
+        pending = app_host.pending() or {}
+        assert (pending["from"], pending["to"], pending["deploy"]["id"]) == (served, second, "d2")
+        for step in ("switch", "drain"):
+            app_host.step(step, second)
+        app_host.assert_one_slot(second)
+
+    def test_is_forgotten_by_a_cut_over_in_one_call(self, app_host: Host) -> None:
+        new = app_host.make()
+        app_host.step("start", new)
+        app_host.step("all", new)
+        assert app_host.pending() is None
+        app_host.assert_one_slot(new)
+
+    @pytest.mark.parametrize("content", ["", "{", "[]"])
+    def test_does_not_count_when_it_cannot_be_read(self, tmp_path: Path, content: str) -> None:
+        (tmp_path / ".deploy.json").write_text(content)
+        assert host.read_pending(host.Layout(str(tmp_path), APP)) is None
 
 
 class TestWhatIsLive:

@@ -180,11 +180,11 @@ def test_no_lock_is_no_error(tmp_path: Path) -> None:
     assert not host.free_lock({"path": str(tmp_path / "lock")})
 
 
-def test_a_failure_is_recorded_and_frees_the_lock(fleet: Fleet) -> None:
+def test_a_failure_is_recorded_and_leaves_the_lock_to_the_recovery(fleet: Fleet) -> None:
     fleet.lock.write_text('{"token": "ours"}')
     lock = {"path": str(fleet.lock), "token": "ours"}
     deploy = {"id": "d", "commit": "c", "who": "me", "from": "here", "started": 1e12, "lock": lock}
     host.record_failure(host.Layout(str(fleet.root), APP), deploy, "b", "migrate", "First line.\nSecond line.")
     (record,) = fleet.records()
     assert (record["outcome"], record["reason"], record["seconds"]) == ("failed: migrate", "First line.", 0)
-    assert not fleet.lock.exists()
+    assert fleet.lock.exists()

@@ -5,6 +5,7 @@ on this machine that has died, and gives Python to a bare server: the one thing 
 
 Arguments, beside the module's own (``library/preflight_host.py``):
     source: where the server is defined, as ``file:line``.
+    lock: the lock to take, as the module has it, or nothing; `dead_token` may name a holder known to be gone.
     lock_wait: seconds to wait for a lock that another run holds.
 
 Returns what the module returns, and ``python_missing``: true when the server has no Python and this is a dry run, which
@@ -81,6 +82,11 @@ def this_run() -> dict[str, t.Any]:
     }
 
 
+def token_of(run: t.Mapping[str, t.Any]) -> str:
+    """Return what tells the locks of one run from those of any other."""
+    return f"{run['machine']}/{run['pid']}/{run['started']}"
+
+
 def is_dead(holder: t.Mapping[str, t.Any]) -> bool:
     """Tell whether a holder ran on this machine and is gone. False when it cannot be known."""
     if holder.get("machine") != machine_identity() or not isinstance(holder.get("pid"), int):
@@ -108,8 +114,12 @@ class ActionModule(ActionBase):
 
     def _check(self, arguments: dict[str, t.Any], wait: int) -> dict[str, t.Any]:
         run = this_run()
-        lock = {**arguments["lock"], "token": f"{run['machine']}/{run['pid']}/{run['started']}", "holder": run}
-        arguments["lock"] = lock
+        lock: dict[str, t.Any] = {}
+        if arguments.get("lock"):
+            lock = {**arguments["lock"], "token": token_of(run), "holder": run}
+            arguments["lock"] = lock
+        else:
+            arguments.pop("lock", None)
         changed = False
         result = self._module(arguments)
         if self._lacks_python(result):
@@ -196,6 +206,8 @@ class ActionModule(ActionBase):
         hint = ""
         if "Host key verification failed" in message:
             hint = f" Its host key is not known, or has changed; look at it first: ssh -p {port} {address}"
+        if len(self.task_vars.get("groups", {}).get("app", [])) > 1:
+            hint += f"\nTo deploy to the other servers without it: -e preflight_without={self.host}"
         return (
             f"{self.source}: {self.host} ({where}) cannot be reached: {reason.removesuffix('.')}.{hint}\n"
             "Nothing has been changed. Correct ansible_host, ansible_port or ansible_user there, or start the server."

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import platform
 import shlex
+import socket
 import typing as t
 from pathlib import Path
 
@@ -147,6 +148,17 @@ def free_megabytes(directories: t.Iterable[str]) -> dict[str, int]:
     return {" and ".join(names[device]): free for device, free in megabytes.items()}
 
 
+def own_address() -> str:
+    """Return the IPv4 address that this server has for the rest of the world; empty when it has no way there."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            # Sends nothing: connecting a datagram socket only chooses the route. The address is one of RFC 5737's.
+            probe.connect(("192.0.2.1", 9))
+        except OSError:
+            return ""
+        return str(probe.getsockname()[0])
+
+
 def facts(release: t.Mapping[str, str]) -> dict[str, t.Any]:
     """Return what roles may read from ``ansible_facts``, under the names that M(setup) uses."""
     memory = Path("/proc/meminfo").read_text(encoding="ascii")
@@ -161,6 +173,7 @@ def facts(release: t.Mapping[str, str]) -> dict[str, t.Any]:
         "ansible_processor_vcpus": os.cpu_count() or 1,
         "ansible_memtotal_mb": memory_kb // 1024,
         "ansible_hostname": platform.node().split(".")[0],
+        "ansible_default_ipv4": {"address": address} if (address := own_address()) else {},
     }
 
 

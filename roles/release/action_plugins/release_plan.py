@@ -15,6 +15,7 @@ from __future__ import annotations
 import getpass
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -125,8 +126,19 @@ def resolve_path(path: str, version: str, allow_uncommitted: bool) -> tuple[str,
     )
 
 
-def resolve_url(url: str, version: str, deploy_key: str) -> str:
+def who() -> str:
+    """Return who deploys: the one that a git push names, or the person logged in here."""
+    return os.environ.get("HARDSTAND_DEPLOY_WHO") or os.environ.get("SUDO_USER") or getpass.getuser()
+
+
+def resolve_url(url: str, version: str, deploy_key: str, known_hosts: t.Sequence[str] = ()) -> str:
     """Return the commit that `version` names in a remote repository.
+
+    Args:
+        url: the repository.
+        version: branch, tag or full sha.
+        deploy_key: private ssh key; empty leaves it to ssh's own.
+        known_hosts: lines that alone are trusted; none leaves it to ssh's own.
 
     Raises:
         AnsibleActionFail: with what to change.
@@ -138,9 +150,18 @@ def resolve_url(url: str, version: str, deploy_key: str) -> str:
     if deploy_key:
         command = ["ssh-agent", "sh", "-c", 'ssh-add -q - && exec "$@" </dev/null', "sh", *command]
         stdin = deploy_key.rstrip("\n") + "\n"
-    env = {"GIT_SSH_COMMAND": "ssh -o BatchMode=yes", **git_env()}
     # Into a file and not a pipe: what git has started to connect with could hold a pipe open beyond the time limit.
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+    with (
+        tempfile.TemporaryFile("w+") as out,
+        tempfile.TemporaryFile("w+") as err,
+        tempfile.NamedTemporaryFile("w") as known,
+    ):
+        ssh = "ssh -o BatchMode=yes"
+        if known_hosts:
+            known.write("".join(f"{line}\n" for line in known_hosts))
+            known.flush()
+            ssh += f" -o StrictHostKeyChecking=yes -o UserKnownHostsFile={shlex.quote(known.name)}"
+        env = {"GIT_SSH_COMMAND": ssh, **git_env()}
         process = subprocess.Popen(  # noqa: S603
             command, env=env, stdin=subprocess.PIPE, stdout=out, stderr=err, text=True, start_new_session=True
         )
@@ -185,13 +206,14 @@ class ActionModule(ActionBase):
                 "version": {"type": "str", "required": True},
                 "allow_uncommitted": {"type": "bool", "default": False},
                 "deploy_key": {"type": "str", "default": "", "no_log": True},
+                "known_hosts": {"type": "list", "elements": "str", "default": []},
             }
         )
         result: dict[str, t.Any] = super().run(tmp, task_vars)
         repository, uncommitted = args["repository"], False
         remote = is_url(repository)
         if remote:
-            commit = resolve_url(repository, args["version"], args["deploy_key"])
+            commit = resolve_url(repository, args["version"], args["deploy_key"], args["known_hosts"])
         else:
             repository = str(Path(repository).expanduser().absolute())
             commit, uncommitted = resolve_path(repository, args["version"], args["allow_uncommitted"])
@@ -204,7 +226,7 @@ class ActionModule(ActionBase):
             deploy={
                 "id": uuid.uuid4().hex[:12],
                 "commit": commit,
-                "who": os.environ.get("SUDO_USER") or getpass.getuser(),
+                "who": who(),
                 "from": socket.gethostname(),
                 "started": time.time(),
             },

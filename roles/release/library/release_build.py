@@ -20,10 +20,12 @@ from ansible.module_utils.release_host import (
     Mask,
     ReleaseError,
     account,
+    busy,
     give_to_root,
     group_id,
     last_lines,
     parse_dotenv,
+    read_pending,
     record_failure,
     remove_tree,
     run,
@@ -57,6 +59,14 @@ options:
   wheel_directory: {description: Directory of wheels to install from instead of an index., type: str, default: ""}
   build_env: {description: "Environment of git and the installer, encoded like O(dotenv).", type: str, default: ""}
   build_timeout: {description: Seconds for an installation., type: int, default: 900}
+  may_resolve:
+    description: Whether this host decides on the full set of dependencies where the repository does not.
+    type: bool
+    default: true
+  dependencies:
+    description: The full set of dependencies that the fleet has decided on, as lines of a requirements file.
+    type: str
+    default: ""
   worker_class: {description: gunicorn worker class., type: str, required: true}
   dotenv: {description: Content of .env., type: str, required: true}
   secret_names: {description: Names in .env whose values are never shown., type: list, elements: str, default: []}
@@ -74,6 +84,9 @@ live: {description: Whether it serves already., type: bool, returned: always}
 missing_commit: {description: The commit is neither here nor shipped., type: bool, returned: always}
 have: {description: Commits that a pack may build upon., type: list, returned: when missing_commit}
 dependencies: {description: "C(installed) or C(unchanged).", type: str, returned: success}
+missing_dependencies: {description: "The set is for another host to decide on.", type: bool, returned: always}
+dependency_set: {description: What tells one full set of dependencies from another., type: str, returned: success}
+resolved: {description: Whether the set was decided on just now., type: bool, returned: success}
 subject: {description: First line of the commit's message., type: str, returned: success}
 """
 
@@ -100,8 +113,19 @@ except Exception as error:
 """
 
 
+class NoDependenciesError(Exception):
+    """The set of dependencies is for another host to decide on."""
+
+
+def set_name(lock: str) -> str:
+    """Return what tells one full set of dependencies from another."""
+    return hashlib.sha256(lock.encode()).hexdigest()[:16]
+
+
 class Build:
     """One build of one release."""
+
+    resolved = False
 
     def __init__(self, module: AnsibleModule) -> None:
         self.p: dict[str, t.Any] = module.params
@@ -327,7 +351,11 @@ class Build:
         """Return the full set of dependencies, as lines of a requirements file.
 
         The same declared dependencies give the same set for ever after: it is kept, and so a deploy that changes only
-        code installs nothing, whatever was published meanwhile.
+        code installs nothing, whatever was published meanwhile. In a fleet one host decides, and all have its set.
+
+        Raises:
+            NoDependenciesError: that is not us, and we have not been told.
+            ReleaseError: nothing says what the application needs, or it cannot be had.
         """
         uv_lock, project = self.source / "uv.lock", self.source / "pyproject.toml"
         frozen, declared = self.source / "requirements.lock", self.source / "requirements.txt"
@@ -347,9 +375,14 @@ class Build:
         key = hashlib.sha256(b"\0".join([version.encode(), self.p["installer"].encode(), *inputs])).hexdigest()[:16]
         # Beside the virtualenvs, which are root's: in the cache a package's build step could plant a link.
         kept = self.layout.venvs / ".locks" / f"{key}.txt"
-        if kept.is_file():
-            return str(kept.read_text(encoding="utf-8"))
-        text = self.resolve_anew(exported)
+        text: str = self.p["dependencies"]
+        if not text:
+            if kept.is_file():
+                return str(kept.read_text(encoding="utf-8"))
+            if not self.p["may_resolve"]:
+                raise NoDependenciesError
+            text = self.resolve_anew(exported)
+            self.resolved = True
         kept.parent.mkdir(exist_ok=True)
         write_file(kept, text, 0o644)
         return text
@@ -462,6 +495,18 @@ class Build:
 
     # The release
 
+    def present_set(self) -> str | None:
+        """Return which dependencies the release has; None when it is to be built."""
+        if self.layout.release(self.p["release_id"]) is None:
+            return None
+        present = set_name((self.directory / "requirements.lock").read_text(encoding="utf-8"))
+        pending = read_pending(self.layout) or {}
+        in_use = self.p["release_id"] in (self.layout.live_release(), pending.get("to"), pending.get("from"))
+        # Built with another set than the fleet's, by a deploy that went no further.
+        if self.p["dependencies"] and present != set_name(self.p["dependencies"]) and not in_use:
+            return None
+        return present
+
     def build(self) -> dict[str, t.Any]:
         """Build the release; returns what the module returns.
 
@@ -472,7 +517,6 @@ class Build:
         if not self.bring_commit():
             return {"missing_commit": True, "have": self.have()}
         started = time.monotonic()
-        remove_tree(self.directory)
         try:
             subject = self.check_out()
             venv, dependencies, lock = self.virtualenv()
@@ -485,11 +529,17 @@ class Build:
                 user=self.builder,
             )  # fmt: skip
             self.seal(venv, lock, subject)
+            remove_tree(self.directory)
             self.work.rename(self.directory)
+        except NoDependenciesError:
+            return {"missing_commit": False, "missing_dependencies": True}
         finally:
             remove_tree(self.work)
         return {
             "missing_commit": False,
+            "missing_dependencies": False,
+            "dependency_set": set_name(lock),
+            "resolved": self.resolved,
             "subject": subject,
             "dependencies": dependencies,
             "seconds": round(time.monotonic() - started, 2),
@@ -567,6 +617,8 @@ def main() -> None:
             "wheel_directory": {"type": "str", "default": ""},
             "build_env": {"type": "str", "default": "", "no_log": True},
             "build_timeout": {"type": "int", "default": 900},
+            "may_resolve": {"type": "bool", "default": True},
+            "dependencies": {"type": "str", "default": ""},
             "worker_class": {"type": "str", "required": True},
             "dotenv": {"type": "str", "required": True, "no_log": True},
             "secret_names": {"type": "list", "elements": "str", "default": [], "no_log": False},
@@ -583,17 +635,19 @@ def main() -> None:
     release_id = build.p["release_id"]
     live = build.layout.live_release() == release_id
     result: dict[str, t.Any] = {"release_id": release_id, "live": live, "missing_commit": False}
-    if build.layout.release(release_id) is not None:
-        module.exit_json(changed=False, dependencies="unchanged", **result)
+    result["missing_dependencies"] = False
+    if (present := build.present_set()) is not None:
+        module.exit_json(changed=False, dependencies="unchanged", dependency_set=present, resolved=False, **result)
     result["diff"] = build.diff()
     if module.check_mode:
         module.exit_json(changed=True, **result)
     try:
-        result |= build.build()
+        with busy(build.layout):
+            result |= build.build()
     except (ReleaseError, OSError) as error:
         record_failure(build.layout, build.p["deploy"], release_id, "build", str(error))
         module.fail_json(msg=f"{error}\nThe release that was live still serves.", **result)
-    module.exit_json(changed=not result["missing_commit"], **result)
+    module.exit_json(changed=not (result["missing_commit"] or result["missing_dependencies"]), **result)
 
 
 if __name__ == "__main__":

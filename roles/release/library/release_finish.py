@@ -38,6 +38,10 @@ options:
   keep: {description: Releases to keep., type: int, default: 5}
   deploy: {description: Who deploys; for deploys.jsonl., type: dict, required: true}
   slot: {description: The live slot., type: str, default: ""}
+  rolled_back:
+    description: The release that was left for an earlier one, if any. It no longer counts as one to go back to.
+    type: str
+    default: ""
 """
 
 RETURN = r"""
@@ -105,6 +109,7 @@ def main() -> None:
             "keep": {"type": "int", "default": 5},
             "deploy": {"type": "dict", "required": True},
             "slot": {"type": "str", "default": ""},
+            "rolled_back": {"type": "str", "default": ""},
         },
         supports_check_mode=True,
     )
@@ -116,7 +121,10 @@ def main() -> None:
     record = p["record"] or last_live(read_records(layout)) != p["release_id"]
     try:
         if record:
+            if p["rolled_back"] not in ("", p["release_id"]):
+                append_record(layout, deploy_record(p["deploy"], p["rolled_back"], "rolled back"))
             append_record(layout, {**deploy_record(p["deploy"], p["release_id"], "live"), "slot": p["slot"]})
+            layout.pending.unlink(missing_ok=True)
             removed = prune(layout, p["release_id"], p["keep"])
     except (ReleaseError, OSError) as error:
         module.fail_json(msg=f"Release {p['release_id']} serves, but what it replaces could not be removed: {error}")

@@ -13,6 +13,7 @@ from ansible.module_utils.release_host import (
     Mask,
     ReleaseError,
     account,
+    busy,
     last_lines,
     parse_dotenv,
     record_failure,
@@ -93,7 +94,8 @@ def main() -> None:
         module.exit_json(changed=True)
     os.umask(0o027)
     try:
-        result = migrate(layout, p["release_id"], p["user"])
+        with busy(layout):
+            result = migrate(layout, p["release_id"], p["user"])
     except ReleaseError as error:
         record_failure(layout, p["deploy"], p["release_id"], "migrate", str(error))
         module.fail_json(msg=f"{error}\nThe release that was live still serves.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import grp
 import http.client
 import json
@@ -19,7 +20,7 @@ import time
 import typing as t
 import urllib.parse
 import xmlrpc.client
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 SLOTS = ("blue", "green")
@@ -74,6 +75,8 @@ class Layout:
         self.live_socket = self.run / "live.sock"
         self.current = self.root / "current"
         self.records = self.root / "deploys.jsonl"
+        self.pending = self.root / ".deploy.json"
+        self.busy = self.root / ".busy"
 
     def socket(self, slot: str) -> Path:
         """Return the path of the socket that gunicorn binds in `slot`."""
@@ -227,6 +230,76 @@ def give_to_root(directory: Path) -> None:
             mode = path.lstat().st_mode
             if mode & 0o022 and not path.is_symlink():
                 path.chmod(stat.S_IMODE(mode) & ~0o022)
+
+
+# One step at a time ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def busy(layout: Layout) -> t.Iterator[None]:
+    """Be the only step of a deploy that works on this host; the kernel ends it however we end.
+
+    Raises:
+        ReleaseError: another one is under way.
+    """
+    # In root's directory, not among the sockets: the application owns that one, and could plant a link there.
+    with _busy_file(layout) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ReleaseError(
+                "Another step of a deploy is under way on this host; wait for it, or see who deploys."
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def _busy_file(layout: Layout) -> t.TextIO:
+    layout.root.mkdir(mode=0o755, parents=True, exist_ok=True)
+    return layout.busy.open("a+", encoding="ascii")
+
+
+def interrupt(layout: Layout, patience: float = 10) -> bool:
+    """End the step of a deploy that is still under way here, although nobody listens to it any more.
+
+    What it has started ends with it. Every step may be cut off anywhere.
+
+    Args:
+        layout: the application.
+        patience: seconds between asking it to end and killing it.
+
+    Returns:
+        Whether there was one.
+    """
+    found = False
+    deadline = time.monotonic() + patience
+    with _busy_file(layout) as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                # Whoever holds the lock wrote its pid right after taking it.
+                with suppress(ValueError, ProcessLookupError):
+                    os.kill(int(file.read()), signal.SIGKILL if time.monotonic() > deadline else signal.SIGTERM)
+                found = True
+                time.sleep(0.05)
+            else:
+                return found
+
+
+def read_pending(layout: Layout) -> dict[str, t.Any] | None:
+    """Return the deploy that began to start a release here and has not ended, or None.
+
+    `to` is the release, `from` the one that served before it (empty: none did), `deploy` says who deploys what.
+    """
+    try:
+        pending = json.loads(layout.pending.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return pending if isinstance(pending, dict) else None
 
 
 # .env -----------------------------------------------------------------------------------------------------------------
@@ -500,11 +573,10 @@ def read_records(layout: Layout) -> list[dict[str, t.Any]]:
 
 
 def record_failure(layout: Layout, deploy: t.Mapping[str, t.Any], release_id: str, phase: str, reason: str) -> None:
-    """Record a deploy that did not succeed and free its lock. Never hides the failure it records."""
+    """Record a deploy that did not succeed. Never hides the failure it records."""
     with suppress(OSError):
         if layout.root.is_dir():
             append_record(layout, deploy_record(deploy, release_id, f"failed: {phase}", reason.splitlines()[0]))
-    free_lock(deploy.get("lock") or {})
 
 
 def deploy_record(deploy: t.Mapping[str, t.Any], release_id: str, outcome: str, reason: str = "") -> dict[str, t.Any]:
