@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -29,7 +30,7 @@ class Project:
             shutil.copy2(PROJECT / file, directory / file)
         self.inventories = directory / "inventories"
 
-    def run(self, *options: str, code: int = 0, **variables: Any) -> str:
+    def run(self, *options: str, code: int = 0, _environ: dict[str, str] | None = None, **variables: Any) -> str:
         """Run the playbook and return all that it says."""
         file = self.directory / "extra.yml"
         file.write_text(yaml.safe_dump(variables))
@@ -43,7 +44,8 @@ class Project:
                 *options,
             ],
             cwd=self.directory,
-            env={**environment, "ANSIBLE_NOCOLOR": "1", "ANSIBLE_CONFIG": str(self.directory / "ansible.cfg")},
+            env={**environment, "ANSIBLE_NOCOLOR": "1", "ANSIBLE_CONFIG": str(self.directory / "ansible.cfg")}
+            | (_environ or {}),
             capture_output=True,
             text=True,
             check=False,
@@ -156,6 +158,71 @@ def test_everything_that_can_be_asked_for(project: Project) -> None:
     assert text.count("release_version") == 1
 
 
+def test_a_fleet_has_its_groups_and_ports(project: Project) -> None:
+    project.run(
+        env="fleet",
+        environment_host="127.0.0.1:2201, app.example.com:2202,[2001:db8::3]:2203,2001:db8::4,203.0.113.5",
+        environment_lb="203.0.113.5, 127.0.0.1:2299, [::1]",
+        environment_control="127.0.0.1:2299",
+        environment_domain="a.test",
+    )
+    inventory = yaml.safe_load(project.read("fleet/hosts.yml"))
+    assert inventory["app"] == {
+        "hosts": {
+            "app1": {"ansible_host": "127.0.0.1", "ansible_port": 2201},
+            "app2": {"ansible_host": "app.example.com", "ansible_port": 2202},
+            "app3": {"ansible_host": "2001:db8::3", "ansible_port": 2203},
+            "app4": {"ansible_host": "2001:db8::4"},
+            "app5": {"ansible_host": "203.0.113.5"},
+        }
+    }
+    # A server in two groups goes by one name: it has one lock, and one set of host variables.
+    assert inventory["lb"]["hosts"] == {
+        "app5": None,
+        "lb2": {"ansible_host": "127.0.0.1", "ansible_port": 2299},
+        "lb3": {"ansible_host": "::1"},
+    }
+    assert inventory["control"]["hosts"] == {"lb2": None}
+    assert inventory["all"]["vars"] == {"ansible_user": "root"}
+
+
+def test_load_balancers_come_beside_what_is_there_without_them(project: Project) -> None:
+    project.run(env="one", **EXAMPLE)
+    project.run(env="two", environment_lb="203.0.113.5", **EXAMPLE)
+    one, two = (project.read(f"{env}/hosts.yml").replace(env, "prod") for env in ("one", "two"))
+    missing = [line for line in one.splitlines() if line not in two.splitlines()]
+    assert missing == []
+    assert not [line for line in two.splitlines() if not line.strip()]
+
+
+def test_the_database_can_be_named_and_its_password_drawn(project: Project) -> None:
+    url = "postgresql://hardstand:{random}@10.0.0.5/hardstand"
+    first = project.run("-vvv", "--diff", env="one", environment_database_url=url, **EXAMPLE)
+    second = project.run(env="two", environment_database_url=url, **EXAMPLE)
+    urls = [project.vault(env)["vault_database_url"] for env in ("one", "two")]
+    assert urls[0] != urls[1]
+    for found in urls:
+        match = re.fullmatch(r"postgresql://hardstand:([0-9a-f]{48})@10\.0\.0\.5/hardstand", found)
+        assert match, found
+        assert match[1] not in first + second
+
+    given = "postgres://u:it%27s%20mine@db.example.com/app?sslmode=require"
+    output = project.run(
+        "-vvv",
+        "--diff",
+        env="three",
+        environment_database_url=given,
+        _environ={"ANSIBLE_DISPLAY_ARGS_TO_STDOUT": "1"},
+        **EXAMPLE,
+    )
+    assert project.vault("three")["vault_database_url"] == given
+    assert "it%27s" not in output
+    # A vault that is there is not touched, and the run says so.
+    output = project.run(env="three", environment_database_url=url, **EXAMPLE)
+    assert project.vault("three")["vault_database_url"] == given
+    assert "environment_database_url not looked at" in " ".join(output.split())
+
+
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
@@ -164,6 +231,14 @@ def test_everything_that_can_be_asked_for(project: Project) -> None:
         ({"env": "Prod"}, "Name the environment"),
         ({"env": "prod"}, "Give the address of each server"),
         ({"env": "prod", "environment_host": "1.2.3.4; rm"}, "Give the address of each server"),
+        ({"env": "prod", "environment_host": "1.2.3.4:ssh"}, "Give the address of each server"),
+        ({"env": "prod", "environment_host": "[::1]22"}, "Give the address of each server"),
+        ({"env": "prod", "environment_lb": "1.2.3.4"}, "Give the address of each server"),
+        ({"env": "prod", "environment_host": "1.2.3.4", "environment_lb": "5,"}, "Give the address of each server"),
+        (
+            {"env": "prod", "environment_database_url": "mysql://u:pass@h/d", **EXAMPLE},
+            "is no URL that the application",
+        ),
         ({"env": "prod", "environment_host": "1.2.3.4"}, "Give the DNS names"),
         ({"env": "prod", "environment_host": "1.2.3.4", "environment_domain": "https://x"}, "Give the DNS names"),
     ],

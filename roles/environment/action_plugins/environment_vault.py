@@ -7,7 +7,8 @@ Arguments:
     path: the vault to make.
     password_file: file with the vault password; made (0600, random) when there is none.
     random: names to give a random value of 256 bits.
-    values: names with their values.
+    values: name of the variable that holds more names with their values. A name, so that no secret is an argument of
+        the task, which callbacks may show. ``{random}`` inside a value becomes a random password.
     comment: first line of the vault, as people see it in ``ansible-vault edit``.
 """
 
@@ -58,15 +59,17 @@ class ActionModule(ActionBase):
                 if str(password_file) in made:
                     create(password_file, f"{secrets.token_urlsafe(32)}\n")
                 if str(vault) in made:
-                    create(vault, encrypted(self._content(arguments), password_file.read_text("utf-8").strip()))
+                    values = self._templar.template((task_vars or {}).get(arguments["values"])) or {}
+                    content = self._content(arguments["random"], values, arguments["comment"])
+                    create(vault, encrypted(content, password_file.read_text("utf-8").strip()))
             except OSError as error:
                 raise AnsibleActionFail(f"{error.filename}: {error.strerror}") from error
         return {"changed": bool(made), "made": made}
 
     @staticmethod
-    def _content(arguments: t.Mapping[str, t.Any]) -> str:
-        values = {str(name): secrets.token_urlsafe(32) for name in arguments.get("random") or []}
-        values |= {str(name): str(value) for name, value in (arguments.get("values") or {}).items()}
-        return (
-            f"---\n# {arguments['comment']}\n{yaml.safe_dump(values, default_style=None, width=1000, sort_keys=False)}"
-        )
+    def _content(random: t.Iterable[str], values: t.Mapping[str, str], comment: str) -> str:
+        content = {str(name): secrets.token_urlsafe(32) for name in random}
+        for name, value in values.items():
+            # Hexadecimal, which needs no escaping wherever it stands in a URL.
+            content[str(name)] = str(value).replace("{random}", secrets.token_hex(24))
+        return f"---\n# {comment}\n{yaml.safe_dump(content, default_style=None, width=1000, sort_keys=False)}"

@@ -1,0 +1,359 @@
+"""Action plugin: one table of the whole fleet, and a line for each thing that is wrong.
+
+Runs once, on the control node, and opens no connection.
+
+Arguments:
+    hosts: names of the servers, in the order of the table.
+    app_hosts: those that run the application.
+    lb_hosts: those that are load balancers.
+    found: what ``status_host`` returned, by host; a host may be missing.
+    limits: ``certificate_days``, ``disk_free_mb`` and ``disk_free_percent`` below which there is something to do.
+    format: ``table`` or ``json``.
+    fail: whether to fail when something is wrong.
+
+Returns ``problems``, each with the ``hosts`` that have it and a ``text``. A failure says only how many
+there are: they have just been shown.
+"""
+
+from __future__ import annotations
+
+import json
+import runpy
+import typing as t
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from ansible.plugins.action import ActionBase
+
+# Knows whether the process that holds a lock is still there, when it ran on this machine.
+PREFLIGHT = Path(__file__).resolve().parents[2] / "preflight" / "action_plugins" / "preflight_host.py"
+
+# Characters in a line. A wider terminal gives more room to the commit's subject.
+WIDTH = 120
+
+Facts = Mapping[str, t.Any]
+
+
+class Problem(t.NamedTuple):
+    """One thing that is wrong, on some hosts or, when there are none, with the fleet."""
+
+    hosts: tuple[str, ...]
+    text: str
+
+    def __str__(self) -> str:
+        return f"{', '.join(self.hosts)}: {self.text}" if self.hosts else self.text
+
+
+def moment(text: object) -> datetime | None:
+    """Return a moment that a server wrote down, or None when it is none."""
+    try:
+        return datetime.strptime(str(text), "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
+    except ValueError:
+        return None
+
+
+def when(text: object, now: datetime) -> str:
+    """Return a moment as a narrow column shows it: the time of day, or the date of what is older (UTC)."""
+    then = moment(text)
+    if then is None:
+        return "-"
+    if now - then < timedelta(hours=20):
+        return f"{then:%H:%M}"
+    return f"{then:%b %d}" if now - then < timedelta(days=300) else f"{then:%Y-%m}"
+
+
+def size(megabytes: int) -> str:
+    """Return MB as people read them."""
+    return f"{megabytes}M" if megabytes < 10_000 else f"{megabytes // 1024}G"
+
+
+def tightest(disks: Iterable[Facts]) -> Facts | None:
+    """Return the file system with the least of its space left."""
+    return min(disks, key=lambda disk: disk["free_percent"], default=None)
+
+
+def certificate_days(status: Facts) -> int | None:
+    """Return the days until the first of a host's certificates ends; None when none can be read."""
+    return min((found["days"] for found in status["certificates"] if found["days"] is not None), default=None)
+
+
+# The table ------------------------------------------------------------------------------------------------------------
+
+COLUMNS = ("host", "release", "subject", "slot", "since", "work", "health", "cert", "disk", "last deploy", "by")
+SUBJECT = COLUMNS.index("subject")
+
+
+def health(status: Facts) -> str:
+    """Return a host's health in a word."""
+    application, answer = status["app"], status["answer"]
+    if status["nginx"] != "active":
+        return "down"
+    if application and not application["healthy"]:
+        code = application["health"].partition(" ")[0]
+        return code if code.isdecimal() else "down"
+    if answer and not answer["ok"]:
+        code = answer["said"].partition(" ")[0]
+        return code if code.isdecimal() else "down"
+    return "ok"
+
+
+def row(host: str, status: Facts | None, now: datetime) -> list[str]:
+    """Return a host's cells."""
+    if status is None:
+        return [host, "unreachable", *["-"] * (len(COLUMNS) - 2)]
+    application = status["app"] or {}
+    days, disk, last = certificate_days(status), tightest(status["disks"]), status["last_deploy"] or {}
+    deployed = f"{str(last['outcome']).partition(':')[0]} {when(last['when'], now)}" if last else "-"
+    if status["app"] is None:
+        members = status["pool"] or {}
+        serving = sum(not member["drained"] for member in members.values())
+        release, subject = "(balancer)", f"{serving} of {len(members)} members"
+    else:
+        release, subject = application["release"] or "none", application["subject"]
+    wanted = application.get("workers_wanted")
+    return [
+        host,
+        release,
+        subject,
+        application.get("slot") or "-",
+        when(application.get("since"), now),
+        f"{application['workers']}/{wanted}" if wanted is not None else "-",
+        health(status),
+        "-" if days is None else f"{days}d",
+        f"{disk['free_percent']}% {size(disk['free_mb'])}" if disk else "-",
+        deployed,
+        str(last.get("who") or "-"),
+    ]
+
+
+def cut(text: str, width: int) -> str:
+    """Return a text in at most so many characters, on one line."""
+    text = " ".join(text.split())
+    return text if len(text) <= width else f"{text[: max(width - 1, 0)]}…"
+
+
+def table(rows: list[list[str]], width: int) -> str:
+    """Return the rows below their headings, in at most `width` characters when that can be had."""
+    rows = [list(COLUMNS), *([*cells[:-1], cut(cells[-1], 14)] for cells in rows)]
+    widths = [max(len(cells[column]) for cells in rows) for column in range(len(COLUMNS))]
+    room = width - sum(widths) + widths[SUBJECT] - 2 * (len(COLUMNS) - 1)
+    widths[SUBJECT] = max(min(widths[SUBJECT], room), len("subject"))
+    lines = []
+    for cells in rows:
+        cells[SUBJECT] = cut(cells[SUBJECT], widths[SUBJECT])
+        lines.append("  ".join(cell.ljust(widths[column]) for column, cell in enumerate(cells)).rstrip())
+    return "\n".join(lines)
+
+
+# What is wrong --------------------------------------------------------------------------------------------------------
+
+
+def together(found: Iterable[tuple[str, str]]) -> Iterator[Problem]:
+    """Yield one problem for each text, with all the hosts that have it."""
+    by_text: dict[str, list[str]] = {}
+    for host, text in found:
+        by_text.setdefault(text, []).append(host)
+    for text, hosts in by_text.items():
+        yield Problem(tuple(hosts), text)
+
+
+class Fleet:
+    """All that was found, and what of it is wrong."""
+
+    def __init__(self, arguments: Facts) -> None:
+        self.hosts: list[str] = list(arguments["hosts"])
+        self.app_hosts = [host for host in self.hosts if host in arguments["app_hosts"]]
+        self.lb_hosts = [host for host in self.hosts if host in arguments["lb_hosts"]]
+        self.limits = arguments["limits"]
+        found = arguments["found"]
+        self.unreachable: dict[str, str] = {}
+        self.statuses: dict[str, Facts] = {}
+        for host in self.hosts:
+            result = found.get(host) or {}
+            if result.get("status"):
+                self.statuses[host] = result["status"]
+            else:
+                self.unreachable[host] = result.get("problem") or "was not asked"
+
+    def problems(self, is_dead: t.Callable[[Facts], bool]) -> list[Problem]:
+        """Return everything that is wrong, the worst first.
+
+        Args:
+            is_dead: whether the holder of a lock ran on this machine and is gone.
+        """
+        return [
+            *together(self.unreachable.items()),
+            *self.releases(),
+            *together((host, text) for host, status in self.statuses.items() for text in self.service(status)),
+            *self.pools(),
+            *self.maintenance(),
+            *self.locks(is_dead),
+            *self.last_deploys(),
+            *together((host, text) for host, status in self.statuses.items() for text in self.resources(status)),
+        ]
+
+    def releases(self) -> Iterator[Problem]:
+        """Yield a problem when the fleet is not on one release."""
+        by_release: dict[str, list[str]] = {}
+        for host in self.app_hosts:
+            if host in self.statuses:
+                by_release.setdefault(self.statuses[host]["app"]["release"] or "none", []).append(host)
+        if len(by_release) > 1:
+            told = "; ".join(f"{release} on {', '.join(hosts)}" for release, hosts in by_release.items())
+            yield Problem((), f"more than one release: {told}. Deploy, or roll back with playbooks/rollback.yml")
+
+    def service(self, status: Facts) -> Iterator[str]:
+        """Yield what keeps a host from serving as it should."""
+        application, answer = status["app"], status["answer"]
+        if status["nginx"] != "active":
+            yield f"nginx is {status['nginx']}; see `systemctl status nginx` there"
+        if application and not application["healthy"]:
+            state = (
+                f" (Supervisor says {application['state']})" if application["state"] not in (None, "RUNNING") else ""
+            )
+            yield f"not healthy{state}: {application['health']}"
+        elif answer and not answer["ok"] and status["nginx"] == "active":
+            yield f"does not answer clients: {answer['said']}"
+        if not application:
+            return
+        wanted = application["workers_wanted"]
+        if application["state"] == "RUNNING" and wanted is not None and application["workers"] < wanted:
+            yield f"{application['workers']} of {wanted} workers run"
+        if application.get("configured") is False:
+            yield f"runs something else than {application['release']}, which `current` names; deploy again"
+        pending = application["pending"]
+        if pending and not status["lock"]:
+            who = f" by {pending['who']}" if pending["who"] else ""
+            yield (
+                f"a deploy of {pending['to']}{who} was cut off half-way; playbooks/recover.yml puts the fleet back on"
+                " one release"
+            )
+
+    def resources(self, status: Facts) -> Iterator[str]:
+        """Yield what is about to run out on a host."""
+        for found in status["certificates"]:
+            if found["problem"]:
+                yield f"certificate {found['path']} {found['problem']}"
+            elif found["days"] < 0:
+                yield f"certificate {found['path']} ended on {found['ends']}"
+            elif found["days"] < self.limits["certificate_days"]:
+                yield f"certificate {found['path']} ends in {found['days']} days, on {found['ends']}"
+        for disk in status["disks"]:
+            where = " and ".join(disk["directories"])
+            few = disk["free_percent"] < self.limits["disk_free_percent"]
+            if few or disk["free_mb"] < self.limits["disk_free_mb"]:
+                yield f"{disk['free_mb']} MB ({disk['free_percent']} %) free for {where}"
+            if disk["inodes_percent"] < self.limits["disk_free_percent"]:
+                yield f"{disk['inodes_percent']} % of the inodes free for {where}"
+
+    def pools(self) -> Iterator[Problem]:
+        """Yield what keeps load balancers from sending requests to a host."""
+        found: list[tuple[str, str]] = []
+        for host in self.lb_hosts:
+            if host not in self.statuses:
+                continue
+            pool = self.statuses[host]["pool"]
+            if pool is None:
+                found.append((host, "has no pool yet; deploy.yml makes it"))
+                continue
+            for name, member in pool.items():
+                if member["drained"]:
+                    since = f" since {member['since']}" if member.get("since") else ""
+                    reason = member.get("reason") or "no reason given"
+                    found.append((host, f"sends {name} no requests{since}: {reason}"))
+            missing = [name for name in self.app_hosts if name not in pool]
+            if missing:
+                found.append((host, f"does not have {', '.join(missing)} in its pool; deploy.yml adds it"))
+        yield from together(found)
+
+    def maintenance(self) -> Iterator[Problem]:
+        """Yield a problem when clients are shown the maintenance page."""
+        yield from together(
+            (
+                host,
+                f"maintenance is on since {status['maintenance']}; off: playbooks/maintenance.yml -e maintenance=off",
+            )
+            for host, status in self.statuses.items()
+            if status["maintenance"]
+        )
+
+    def locks(self, is_dead: t.Callable[[Facts], bool]) -> Iterator[Problem]:
+        """Yield who deploys, or would if its run had not died."""
+        # A run takes its lock on one server after the other: it is told once, with the first of the moments.
+        since: dict[tuple[object, object], str] = {}
+        for status in self.statuses.values():
+            if held := status["lock"]:
+                run = held["owner"], held["pid"]
+                since[run] = min(since.get(run, str(held["since"])), str(held["since"]))
+        found = []
+        for host, status in self.statuses.items():
+            if held := status["lock"]:
+                who = f"{held['owner']} (pid {held['pid']}) since {since[held['owner'], held['pid']]}"
+                if is_dead(held):
+                    text = f"lock of a deploy that has died: {who}; the next deploy from here takes it"
+                elif held["expired"]:
+                    text = f"lock that is too old to count: {who}; the next deploy takes it"
+                else:
+                    text = f"a deploy is under way: {who}"
+                found.append((host, text))
+        yield from together(found)
+
+    def last_deploys(self) -> Iterator[Problem]:
+        """Yield the deploy that failed last, where none has succeeded since; each deploy once, with its own reason."""
+        by_deploy: dict[str, dict[str, Facts]] = {}
+        for host, status in self.statuses.items():
+            last = status["last_deploy"]
+            if last and str(last["outcome"]).startswith("failed"):
+                by_deploy.setdefault(str(last.get("id")), {})[host] = last
+        for records in by_deploy.values():
+            # The host that failed knows why; the others only that they went back.
+            culprit = next((host for host, last in records.items() if last["outcome"] != "failed: undone"), None)
+            host, last = (culprit, records[culprit]) if culprit else next(iter(records.items()))
+            where = f" on {host}" if culprit and len(records) > 1 else ""
+            reason = f": {last['reason']}" if last.get("reason") else ""
+            text = f"the last deploy, of {last['release']} by {last['who']} at {last['when']}, {last['outcome']}{where}"
+            yield Problem(tuple(records), f"{text}{reason}")
+
+
+class ActionModule(ActionBase):
+    """Show the fleet, and fail when something is wrong."""
+
+    _requires_connection = False
+    _supports_check_mode = True
+
+    def run(self, tmp: str | None = None, task_vars: dict[str, t.Any] | None = None) -> dict[str, t.Any]:
+        """Show what was found; returns the problems."""
+        super().run(tmp, task_vars)
+        arguments = self._task.args
+        fleet = Fleet(arguments)
+        now = datetime.now(UTC)
+        problems = fleet.problems(runpy.run_path(str(PREFLIGHT))["is_dead"])
+        if arguments["format"] == "json":
+            self._display.display(self.document(fleet, problems, now))
+        else:
+            rows = [row(host, fleet.statuses.get(host), now) for host in fleet.hosts]
+            width = max(WIDTH, getattr(self._display, "columns", 0))
+            lines = ["", f"{now:%Y-%m-%d %H:%M} UTC", "", table(rows, width), ""]
+            lines += [f"! {problem}" for problem in problems] or ["All is well."]
+            self._display.display("\n".join(lines))
+        if problems and arguments["fail"]:
+            count = "One thing is" if len(problems) == 1 else f"{len(problems)} things are"
+            return {"failed": True, "changed": False, "msg": f"{count} not as it should be; see above."}
+        return {"changed": False, "problems": [problem._asdict() for problem in problems]}
+
+    @staticmethod
+    def document(fleet: Fleet, problems: list[Problem], now: datetime) -> str:
+        """Return everything as one line of JSON, which stands out among Ansible's own."""
+        hosts = {host: {"problem": fleet.unreachable.get(host), **fleet.statuses.get(host, {})} for host in fleet.hosts}
+        for status in hosts.values():
+            if status.get("app") or status.get("pool") is not None:
+                status["health"] = health(status)
+        return json.dumps(
+            {
+                "time": f"{now:%Y-%m-%dT%H:%M:%SZ}",
+                "ok": not problems,
+                "problems": [problem._asdict() for problem in problems],
+                "hosts": hosts,
+            }
+        )
