@@ -73,7 +73,8 @@ def this_run() -> dict[str, t.Any]:
     """Return what a lock says about the run of Ansible that this worker process belongs to."""
     parent = multiprocessing.parent_process()
     pid = parent.pid if parent and parent.pid else os.getpid()
-    user = os.environ.get("SUDO_USER") or getpass.getuser()
+    # The first is what a git push says; see roles/git_push.
+    user = os.environ.get("HARDSTAND_DEPLOY_WHO") or os.environ.get("SUDO_USER") or getpass.getuser()
     return {
         "owner": f"{user}@{socket.gethostname()}",
         "pid": pid,

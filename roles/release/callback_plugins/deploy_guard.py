@@ -15,6 +15,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import threading
 import typing as t
 from pathlib import Path
 
@@ -107,6 +108,7 @@ class CallbackModule(CallbackBase):
         self.deploy: dict[str, t.Any] = {}
         self.forward = False
         self.reason = "the run ended early"
+        self.interrupted = False
         self.terminal_gone = False
         self.pid = os.getpid()
 
@@ -127,6 +129,7 @@ class CallbackModule(CallbackBase):
                     signal.signal(number, signal.SIG_IGN)
                 self.reason = f"interrupted ({signal.Signals(signum).name})"
                 self.terminal_gone = signum == signal.SIGHUP
+                self.interrupted = True
                 interrupted(signal.SIGINT, frame)
 
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -136,6 +139,7 @@ class CallbackModule(CallbackBase):
 
     def v2_playbook_on_task_start(self, task: t.Any, is_conditional: bool) -> None:  # noqa: ARG002
         """Note the point of no return: the old release is stopped when, and only when, the whole fleet has switched."""
+        self.leave_if_interrupted()
         self.locking = task.action == "preflight_host" and not task.check_mode
         if self.locking and not self.token:
             self.token = own_token()
@@ -143,6 +147,19 @@ class CallbackModule(CallbackBase):
             self.begun = True
         if task.action == "release_cutover" and task.args.get("step") == "drain":
             self.forward = True
+
+    def v2_playbook_on_play_start(self, play: t.Any) -> None:  # noqa: ARG002
+        """Begin no play after an interruption."""
+        self.leave_if_interrupted()
+
+    def leave_if_interrupted(self) -> None:
+        """Leave when an interruption has been lost.
+
+        Python drops the exception of a signal that arrives inside a finaliser or a fork's hooks, and goes on. Begin
+        nothing new then.
+        """
+        if self.interrupted and threading.current_thread() is threading.main_thread():
+            raise KeyboardInterrupt
 
     def v2_runner_on_ok(self, result: t.Any) -> None:
         """Note who is locked."""

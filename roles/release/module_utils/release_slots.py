@@ -203,7 +203,7 @@ class Cutover:
             self.remove(slot)  # Left behind by a run that was cut off.
         try:
             return slot, self.start(slot)
-        except BaseException as error:
+        except Exception as error:  # not a signal, which may have cut off a word to Supervisor
             try:
                 self.remove(slot)
             except ReleaseError as second:
