@@ -125,6 +125,7 @@ class ActionModule(ActionBase):
                 "who": os.environ.get("HARDSTAND_DEPLOY_WHO") or os.environ.get("SUDO_USER") or getpass.getuser(),
                 "from": socket.gethostname(),
                 "started": time.time(),
+                "rollback": True,
             },
         )
         return result

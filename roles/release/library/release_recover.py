@@ -66,6 +66,8 @@ def recover(p: dict[str, t.Any], layout: Layout, pending: dict[str, t.Any]) -> s
     live, old, new = layout.live_release() or "", pending["from"], pending["to"]
     if p["forward"]:
         Cutover({**p, "release_id": new}).run()
+        if pending["deploy"].get("rollback") and old not in ("", new):
+            append_record(layout, deploy_record(pending["deploy"], old, "rolled back"))
         record = deploy_record(pending["deploy"], new, "live", p["reason"])
         append_record(layout, {**record, "slot": layout.live_slot()})
         return "finished"
