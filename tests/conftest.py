@@ -13,10 +13,11 @@ import pytest
 
 # The app's tests load this file as well, in a virtualenv without Ansible: fixtures import what they need.
 if TYPE_CHECKING:
+    from tests.app_host import Host
     from tests.release_support import Server
 
 # These change accounts, as on a server. Without root they run in a user namespace: tests/test_release_as_root.py.
-NEEDS_ROOT = [f"test_release_{name}.py" for name in ("build", "cutover", "finish", "migrate", "ship")]
+NEEDS_ROOT = [f"test_release_{name}.py" for name in ("build", "cutover", "finish", "migrate", "recover", "ship")]
 collect_ignore = [] if os.geteuid() == 0 else NEEDS_ROOT
 
 _LOAD_CLASS = """
@@ -67,3 +68,26 @@ def server(open_directory: Path, wheels: Path) -> Server:
     from tests.release_support import Server
 
     return Server(open_directory, wheels)
+
+
+@pytest.fixture(scope="session")
+def shared_host() -> Iterator[Host]:
+    """A server with a supervisord; its first build, which installs from the index, is for all tests."""
+    from tests.app_host import Host
+    from tests.release_support import eventually
+
+    directory = Path(tempfile.mkdtemp(prefix="hardstand-"))
+    directory.chmod(0o755)
+    made = Host(directory)
+    eventually(made.socket.exists, "supervisord listens")
+    yield made
+    made.stop()
+    assert made.gunicorns() == set(), "supervisord's end leaves no gunicorn"
+    shutil.rmtree(directory)
+
+
+@pytest.fixture
+def app_host(shared_host: Host) -> Iterator[Host]:
+    """That server, without a release."""
+    yield shared_host
+    shared_host.reset()

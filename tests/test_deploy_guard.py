@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -82,6 +83,27 @@ class TestCommand:
             "--extra-vars a=1 --extra-vars @b.yml"
         )
         assert "preflight_takeover_token" in command[-1], "the last one wins"
+
+
+@pytest.mark.parametrize("check", [False, True])
+def test_a_lock_that_may_have_been_taken_counts(monkeypatch: pytest.MonkeyPatch, check: bool) -> None:
+    """The run ended before the server's answer was here; a dry run takes none."""
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **_: object) -> SimpleNamespace:
+        commands.append(command)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(guard, "subprocess", SimpleNamespace(run=run, DEVNULL=-3))
+    monkeypatch.setattr(guard.signal, "signal", lambda *_: None)
+    callback = guard.CallbackModule()
+    callback.v2_playbook_on_task_start(SimpleNamespace(action="preflight_host", check_mode=check, args={}), False)
+    callback.at_exit()
+    assert len(commands) == (0 if check else 1)
+    if commands:
+        told = json.loads(commands[0][-1])
+        assert told["recover_forward"] == "unlock"
+        assert told["preflight_takeover_token"] == guard.own_token()
 
 
 class TestARunThatEndsByItself:

@@ -122,6 +122,7 @@ class TestSurvey:
         deploy = {"id": "d", "commit": "c", "who": "me", "from": "here", "started": 0}
         arguments = {"app": APP, "root": str(releases.root), "release_id": "a", "record": True, "deploy": deploy}
         run_module("release_finish", {**arguments, "rolled_back": "a"})
+        assert "rolled back" not in (releases.root / "deploys.jsonl").read_text()
         assert names(releases.survey(), "good") == ["a"]
 
 

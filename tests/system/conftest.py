@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 import yaml
 
+from tests.harness import molecule_inventory
 from tests.system.servers import SCENARIO, Repository, Server
-
-
-def molecule_inventory() -> Path:
-    """Return the inventory that Molecule made of the scenario's containers."""
-    path = os.environ.get("MOLECULE_INVENTORY_FILE")
-    if not path:
-        pytest.fail("These tests need servers: run `molecule test`, or `molecule converge` and `molecule verify`.")
-    return Path(path)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

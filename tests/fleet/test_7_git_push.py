@@ -1,0 +1,236 @@
+"""git push to the control host: what is pushed is live, or the push is refused."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.fleet.fleet import Fleet
+from tests.harness import APP, Repository, published_port, wait_for
+from tests.load import Load
+
+WHO = "kim"
+
+
+class Push:
+    """A push under way, its output read as it comes, as a terminal would."""
+
+    def __init__(
+        self, repository: Repository, ssh: str, remote: str, refspec: str = "HEAD:main", *options: str
+    ) -> None:
+        self.process = subprocess.Popen(
+            ["git", "-C", str(repository.path), "push", *options, remote, refspec],
+            env={**os.environ, "GIT_SSH_COMMAND": ssh},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self._lines: list[str] = []
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout
+        with self.process.stdout as output:
+            for line in output:
+                self._lines.append(line)
+
+    @property
+    def output(self) -> str:
+        return "".join(self._lines)
+
+    def shows(self, text: str) -> None:
+        """Wait until the pusher sees a text."""
+
+        def seen() -> bool:
+            assert text in self.output or self.process.poll() is None, self.output
+            return text in self.output
+
+        wait_for(seen, 240, f"{text!r} in the pusher's terminal", every=0.05)
+
+    def wait(self) -> int:
+        """Wait for its end; returns the exit code."""
+        code = self.process.wait(300)
+        self._reader.join(10)
+        return code
+
+    def signal(self, number: signal.Signals) -> None:
+        """Signal git and its ssh, as a terminal does."""
+        os.killpg(self.process.pid, number)
+
+
+class Remote:
+    """The control host, as somebody who may push sees it."""
+
+    def __init__(self, fleet: Fleet, repository: Repository, directory: Path) -> None:
+        self.fleet, self.repository = fleet, repository
+        key, known_hosts = directory / "key", directory / "known_hosts"
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", WHO, "-f", str(key)], check=True)
+        port = published_port(fleet.control.name, 22)
+        host_key = " ".join(fleet.control.sh("cat /etc/ssh/ssh_host_ed25519_key.pub").split()[:2])
+        known_hosts.write_text(f"[127.0.0.1]:{port} {host_key}\n")
+        self.key = key.with_suffix(".pub").read_text().strip()
+        options = {"UserKnownHostsFile": known_hosts, "StrictHostKeyChecking": "yes", "IdentitiesOnly": "yes"}
+        command = ["ssh", "-i", str(key), *(part for name in options for part in ("-o", f"{name}={options[name]}"))]
+        self.ssh = shlex.join(command)
+        self.url = f"ssh://deploy@127.0.0.1:{port}/{APP}.git"
+
+    def push(self, refspec: str = "HEAD:main", *options: str) -> Push:
+        """Start a push."""
+        return Push(self.repository, self.ssh, self.url, refspec, *options)
+
+    def branch(self) -> str:
+        """Return the commit that the remote branch is."""
+        listed = subprocess.run(
+            ["git", "ls-remote", self.url, "refs/heads/main"],
+            env={**os.environ, "GIT_SSH_COMMAND": self.ssh},
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        return listed.stdout.partition("\t")[0]
+
+    def settle(self) -> str:
+        """Wait until nothing is deployed any more, and return the release that the fleet is on."""
+        wait_for(lambda: not self.fleet.control.pids(r"ansible-playbook"), 240, "the end of the deploy", every=1)
+        wait_for(lambda: self.fleet.locked() == [], 60, "the end of the lock", every=1)
+        return self.fleet.check_whole()
+
+    def check_agrees(self) -> None:
+        """Check that the branch is what runs."""
+        release = self.settle()
+        wait_for(lambda: release.startswith(self.branch()[:8]), 30, "the branch is what runs", every=1)
+
+
+@pytest.fixture(scope="module")
+def remote(fleet: Fleet, repository: Repository, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Remote]:
+    made = Remote(fleet, repository, tmp_path_factory.mktemp("pusher"))
+    settings = {"git_push_keys": [{"name": WHO, "key": made.key}]}
+    fleet.expect("playbooks/git_push.yml", **settings)
+    again = fleet.expect("playbooks/git_push.yml", **settings)
+    assert again.changed == 0, again.output
+    yield made
+    made.settle()
+
+
+def test_a_good_push_is_live_with_its_output_shown(fleet: Fleet, remote: Remote) -> None:
+    commit = remote.repository.commit("By push")
+    with Load(fleet.target(clients=3, pause=0.02)) as load:
+        push = remote.push()
+        assert push.wait() == 0, push.output
+    assert load.report().kinds() == []
+    assert "TASK [release : Switch" in push.output
+    release = fleet.check_whole()
+    assert release.startswith(commit[:8])
+    assert release in push.output, "the closing table"
+    assert remote.branch() == commit
+    for server in fleet.apps.values():
+        assert server.records()[-1]["who"] == WHO
+
+
+def test_a_broken_push_is_refused_and_changes_nothing(fleet: Fleet, remote: Remote) -> None:
+    before, branch = fleet.check_whole(), remote.branch()
+    head = remote.repository.git("rev-parse", "HEAD")
+    remote.repository.edit("Break it", "app/main.py", "import logging\n", "import logging\nimport no_such_module\n")
+    with Load(fleet.target(clients=3, pause=0.02)) as load:
+        push = remote.push()
+        assert push.wait() != 0
+    remote.repository.git("reset", "--quiet", "--hard", head)
+    assert load.report().kinds() == []
+    assert load.report().releases() == {before}
+    assert "No module named 'no_such_module'" in push.output, push.output
+    assert "rejected" in push.output
+    assert remote.settle() == before
+    assert remote.branch() == branch
+
+
+def test_other_branches_are_refused(fleet: Fleet, remote: Remote) -> None:
+    before = fleet.check_whole()
+    push = remote.push("HEAD:other")
+    assert push.wait() != 0
+    assert "main" in push.output
+    assert remote.settle() == before
+
+
+def test_two_pushes_at_once(fleet: Fleet, remote: Remote) -> None:
+    first_commit = remote.repository.commit("The first of two")
+    first = remote.push()
+    first.shows("TASK [release")
+    second_commit = remote.repository.commit("The second of two")
+    second = remote.push()
+    second.shows(WHO)
+    assert first.wait() == 0, first.output
+    # It has waited. Whether it is then deployed or has to be pushed again: branch and fleet agree, and it says which.
+    code = second.wait()
+    remote.check_agrees()
+    if code:
+        assert "push again" in second.output
+        assert remote.branch() == first_commit
+        again = remote.push()
+        assert again.wait() == 0, again.output
+    assert remote.branch() == second_commit
+    assert fleet.check_whole().startswith(second_commit[:8])
+
+
+@pytest.mark.parametrize("phase", ["Build", "Switch", "Drain"])
+def test_ctrl_c_of_the_pusher(fleet: Fleet, remote: Remote, phase: str) -> None:
+    before, branch = fleet.check_whole(), remote.branch()
+    commit = remote.repository.commit(f"Interrupted: {phase}")
+    with Load(fleet.target(clients=3, pause=0.02)) as load:
+        push = remote.push()
+        push.shows(f"TASK [release : {phase}")
+        push.signal(signal.SIGINT)
+        assert push.wait() != 0
+        after = remote.settle()
+    assert load.report().kinds() == []
+    assert after == before or (phase == "Drain" and after.startswith(commit[:8]))
+    if after == before:
+        assert remote.branch() == branch
+    remote.check_agrees()
+
+
+def test_a_lost_connection(fleet: Fleet, remote: Remote) -> None:
+    remote.repository.commit("Connection lost")
+    push = remote.push()
+    push.shows("TASK [release : Build")
+    push.signal(signal.SIGKILL)
+    push.wait()
+    remote.check_agrees()
+    # And the way is free for the next.
+    commit = remote.repository.commit("After a lost connection")
+    push = remote.push()
+    assert push.wait() == 0, push.output
+    assert fleet.check_whole().startswith(commit[:8])
+
+
+def test_a_deploy_by_hand_meanwhile_refuses_the_push_by_name(fleet: Fleet, remote: Remote) -> None:
+    branch = remote.branch()
+    remote.repository.commit("By hand")
+    run = fleet.run("deploy.yml", "--tags", "release", release_repository=str(remote.repository.path))
+    run.reaches(r"^TASK \[release : Build")
+    push = remote.push()
+    code = push.wait()
+    assert run.wait().code == 0
+    assert code != 0
+    assert "deploy" in push.output
+    assert remote.branch() == branch
+    push = remote.push()
+    assert push.wait() == 0, push.output
+    remote.check_agrees()
+
+
+def test_keys_open_nothing_but_the_repository(remote: Remote) -> None:
+    port = remote.url.rpartition(":")[2].partition("/")[0]
+    command = [*shlex.split(remote.ssh), "-p", port, "deploy@127.0.0.1", "id"]
+    tried = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert tried.returncode != 0
+    assert "uid=" not in tried.stdout
