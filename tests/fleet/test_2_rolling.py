@@ -25,7 +25,7 @@ from typing import Any
 import pytest
 
 from tests.fleet.fleet import PHASES, Fleet
-from tests.harness import SLOW_SECONDS, Deploy, Repository, Run, failing_migration
+from tests.harness import SLOW_SECONDS, Deploy, Repository, Run, failing_migration, wait_for
 from tests.load import Load, Report
 
 REQUESTS = int(os.environ.get("HARDSTAND_FLEET_REQUESTS", "200000"))
@@ -182,6 +182,7 @@ class Rolling:
             self.repository.commit("Lose a server on the way")
             self.step("server killed during cut-over", good=False, meanwhile=kill)
         self.fleet.apps[last].boot()
+        wait_for(lambda: "nothing" not in self.fleet.serving().values(), 60, f"{last} serves again")
 
 
 @pytest.fixture(scope="module")
