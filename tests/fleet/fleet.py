@@ -23,7 +23,7 @@ LB_LOG = f"/var/log/nginx/{APP}-lb.access.log"
 # How a phase of a deploy begins, in Ansible's output.
 PHASES = {
     "preflight": r"^TASK \[preflight : Hosts \|",
-    "build": r"^TASK \[release : Build \|",
+    "build": r"^TASK \[release : Build_here \|",
     "migrate": r"^TASK \[release : Migrate \|",
     "start": r"^TASK \[release : Start \|",
     "switch": r"^TASK \[release : Switch \|",

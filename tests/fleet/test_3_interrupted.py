@@ -202,7 +202,8 @@ def test_the_lock_of_another_machine_is_respected_until_forced(
     run.signal(signal.SIGKILL)
     run.wait(30)
     for server in fleet.servers:
-        server.sh(f"sed -i 's/{socket.gethostname()}/another-machine/g' {LOCK}", check=False)
+        edit = rf's/("machine": ")[^"]*/\1another/; s/@{socket.gethostname()}"/@another-machine"/'
+        server.sh(f"sed -i -E '{edit}' {LOCK}", check=False)
     refused = fleet.refuse("deploy.yml", "--tags", "release", release_repository=str(repository.path))
     assert "another-machine" in refused.output
     assert "preflight_lock_force" in refused.output
