@@ -675,6 +675,15 @@ class TestWhatIsShipped:
         with pytest.raises(AnsibleActionFail, match="is no file or directory"):
             self.plugin.environment_of(["localhost,"])
 
+    def test_two_directories_of_one_name(self, tmp_path: Path) -> None:
+        for place in ("one", "other"):
+            (tmp_path / place / "prod").mkdir(parents=True)
+            (tmp_path / place / "prod/hosts.yml").write_text(place)
+        sources = [str(tmp_path / "one/prod"), str(tmp_path / "other/prod"), str(tmp_path / "one/prod/hosts.yml")]
+        files, names = self.plugin.environment_of(sources)
+        assert names == ["inventories/prod", "inventories/prod-2", "inventories/prod/hosts.yml"]
+        assert files["inventories/prod-2/hosts.yml"].read_text() == "other"
+
     def test_the_password_that_opens_everything(self) -> None:
         right = VaultLib([self.secret("right")])
         whole = right.encrypt("a: 1").decode()

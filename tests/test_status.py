@@ -445,7 +445,7 @@ class TestProblems:
         drained = {"drained": True, "reason": "operator: disk", "since": "2026-11-24T14:00:00Z"}
         found = problems(lb1={"status": lb_status(pool={"app1": drained})})
         assert found == [
-            "lb1: sends app1 no requests since 2026-11-24T14:00:00Z: operator: disk",
+            "lb1: sends drained app1 no requests since 2026-11-24T14:00:00Z: operator: disk",
             "lb1: does not have app2 in its pool; deploy.yml adds it",
         ]
         assert problems(lb1={"status": lb_status(pool=None)}) == ["lb1: has no pool yet; deploy.yml makes it"]

@@ -54,21 +54,22 @@ def environment_of(sources: t.Iterable[str]) -> tuple[dict[str, Path], list[str]
     """Return the inventory's files by their place in the tree, and the sources as they are called there.
 
     Raises:
-        AnsibleActionFail: a source is no file or directory, or two have the same name.
+        AnsibleActionFail: a source is no file or directory.
     """
     files: dict[str, Path] = {}
-    directories: dict[str, Path] = {}
+    directories: dict[Path, str] = {}
     names = []
     for source in map(Path, sources):
         if not source.exists():
             raise AnsibleActionFail(f"-i {source} is no file or directory, and a control host needs one to be sent.")
         directory = source if source.is_dir() else source.parent
-        if directories.setdefault(directory.name, directory) != directory:
-            raise AnsibleActionFail(f"Two directories of the inventory are called {directory.name}; rename one.")
-        names.append(f"inventories/{directory.name}" + ("" if source.is_dir() else f"/{source.name}"))
+        # Two directories may have one name; there they are siblings.
+        same = sum(known.name == directory.name for known in directories if known != directory)
+        name = directories.setdefault(directory, directory.name + (f"-{same + 1}" if same else ""))
+        names.append(f"inventories/{name}" + ("" if source.is_dir() else f"/{source.name}"))
         for file in sorted(directory.rglob("*")):
             if file.is_file() and ".git" not in file.parts and PRIVATE_KEY not in file.read_bytes():
-                files[f"inventories/{directory.name}/{file.relative_to(directory)}"] = file
+                files[f"inventories/{name}/{file.relative_to(directory)}"] = file
     return files, names
 
 

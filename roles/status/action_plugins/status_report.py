@@ -261,7 +261,7 @@ class Fleet:
                 if member["drained"]:
                     since = f" since {member['since']}" if member.get("since") else ""
                     reason = member.get("reason") or "no reason given"
-                    found.append((host, f"sends {name} no requests{since}: {reason}"))
+                    found.append((host, f"sends drained {name} no requests{since}: {reason}"))
             missing = [name for name in self.app_hosts if name not in pool]
             if missing:
                 found.append((host, f"does not have {', '.join(missing)} in its pool; deploy.yml adds it"))
