@@ -34,7 +34,7 @@ def test_drain_and_resume_under_load(fleet: Fleet) -> None:
         fleet.expect(RESUME, resume_host=second)
         assert fleet.drained() == set()
         load.mark("resumed")
-        time.sleep(3)
+        wait_for(lambda: second in load.report().served.get("resumed", {}), 20, f"requests on {second} again")
         report = load.stop()
     assert report.kinds() == []
     assert set(report.reconnected) <= {"announced"}
