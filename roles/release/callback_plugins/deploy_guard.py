@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import json
+import multiprocessing
 import os
 import runpy
 import signal
@@ -109,6 +110,7 @@ class CallbackModule(CallbackBase):
         self.forward = False
         self.reason = "the run ended early"
         self.interrupted = False
+        self.workers: list[int] = []
         self.terminal_gone = False
         self.pid = os.getpid()
 
@@ -130,6 +132,7 @@ class CallbackModule(CallbackBase):
                 self.reason = f"interrupted ({signal.Signals(signum).name})"
                 self.terminal_gone = signum == signal.SIGHUP
                 self.interrupted = True
+                self.workers = [worker.pid for worker in multiprocessing.active_children() if worker.pid]
                 interrupted(signal.SIGINT, frame)
 
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -191,6 +194,10 @@ class CallbackModule(CallbackBase):
             return
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
+        # Ansible tells its workers to end, each with what it has started. Now and then one ends alone and its task goes on.
+        for worker in self.workers:
+            with contextlib.suppress(OSError):
+                os.killpg(worker, signal.SIGTERM)
         display = Display()
         with contextlib.suppress(OSError, ValueError):
             text = "going back to the release that served before, and "
