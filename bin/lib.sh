@@ -50,6 +50,17 @@ lock() {
     fi
 }
 
+# Give a container that stands for a server a key to log in with as root, and print the server's own key, so that not even
+# the first connection has to trust the network.
+# give_access CONTAINER PRIVATE_KEY_FILE
+give_access() {
+    # Joined, because a shell that is asked for the output of a function does not end at a failure in it.
+    { [[ -f $2 ]] || ssh-keygen -q -t ed25519 -N '' -C "$1" -f "$2"; } && podman exec "$1" sh -c '
+        install -d -m 0700 /root/.ssh
+        grep -qxF "$1" /root/.ssh/authorized_keys 2>/dev/null || echo "$1" >>/root/.ssh/authorized_keys
+    ' sh "$(cat "$2.pub")" && podman exec "$1" cut -d ' ' -f 1,2 /etc/ssh/ssh_host_ed25519_key.pub
+}
+
 # The smaller of a hard limit of this shell ("unlimited" counts as more than enough) and a number.
 # capped_limit ULIMIT_FLAG NUMBER
 capped_limit() {

@@ -226,22 +226,16 @@ class Deploy:
         return sum(int(number) for number in re.findall(r"\bchanged=(\d+)", self.output))
 
 
-class Run:
-    """Ansible at work, in a terminal of its own that its output is read from."""
+class Program:
+    """A command at work, in a terminal of its own that its output is read from."""
 
-    def __init__(self, inventories: list[str], playbook: str, *arguments: str, nice: int = 0, **settings: Any) -> None:
-        command = [*(["nice", "-n", str(nice)] if nice else []), "ansible-playbook", playbook]
-        for inventory in inventories:
-            command += ["-i", inventory]
-        if settings:
-            command += ["-e", json.dumps(settings)]
+    def __init__(self, command: list[str], directory: Path, **environment: str) -> None:
         self._start = time.monotonic()
         self._lines: list[str] = []
-        self._looked_at = 0
         self.process = subprocess.Popen(
-            [*command, *arguments],
-            cwd=PROJECT,
-            env={**os.environ, "ANSIBLE_CONFIG": str(PROJECT / "ansible.cfg"), "ANSIBLE_FORCE_COLOR": "0"},
+            command,
+            cwd=directory,
+            env={**os.environ, **environment},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -263,6 +257,24 @@ class Run:
         """What it has printed so far."""
         return "".join(self._lines)
 
+    def signal(self, number: signal.Signals) -> None:
+        """Signal the process group, as a terminal does."""
+        os.killpg(self.process.pid, number)
+
+
+class Run(Program):
+    """Ansible at work."""
+
+    def __init__(self, inventories: list[str], playbook: str, *arguments: str, nice: int = 0, **settings: Any) -> None:
+        command = [*(["nice", "-n", str(nice)] if nice else []), "ansible-playbook", playbook]
+        for inventory in inventories:
+            command += ["-i", inventory]
+        if settings:
+            command += ["-e", json.dumps(settings)]
+        self._looked_at = 0
+        environment = {"ANSIBLE_CONFIG": str(PROJECT / "ansible.cfg"), "ANSIBLE_FORCE_COLOR": "0"}
+        super().__init__([*command, *arguments], PROJECT, **environment)
+
     def reaches(self, pattern: str, seconds: float = 300) -> None:
         """Wait for a line of output that matches, after those found before; fail when it ends without one."""
 
@@ -278,10 +290,6 @@ class Run:
             return False
 
         wait_for(seen, seconds, f"{pattern!r} in the output", every=0.02)
-
-    def signal(self, number: signal.Signals) -> None:
-        """Signal the process group, as a terminal does."""
-        os.killpg(self.process.pid, number)
 
     def wait(self, seconds: float = 900) -> Deploy:
         """Wait until it has ended."""

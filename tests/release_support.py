@@ -91,12 +91,13 @@ def alive(pid: int) -> bool:
         return False
 
 
-def eventually(condition: Callable[[], object], what: str, seconds: float = 20) -> None:
-    """Wait until a condition holds; fails with what has not come about when it does not within `seconds`."""
+def eventually(condition: Callable[[], Any], what: str, seconds: float = 20) -> Any:
+    """Wait until a condition holds and return what it is; fails with what has not come about within `seconds`."""
     deadline = time.monotonic() + seconds
-    while not condition():
+    while not (result := condition()):
         assert time.monotonic() < deadline, f"this has not come about within {seconds:g} s: {what}"
         time.sleep(0.01)
+    return result
 
 
 class Repository:

@@ -11,8 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,18 +21,11 @@ import yaml
 from ansible.errors import AnsibleActionFail
 from ansible.parsing.vault import VaultLib, VaultSecret
 
+from tests.release_support import eventually
+
 PROJECT = Path(__file__).resolve().parents[1]
 FILES = PROJECT / "roles/git_push/files"
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
-
-
-def until(condition: Callable[[], Any], what: str, seconds: float = 20) -> Any:
-    """Wait for a condition and return what it returned."""
-    deadline = time.monotonic() + seconds
-    while not (result := condition()):
-        assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
-        time.sleep(0.05)
-    return result
 
 
 class Pipes:
@@ -65,7 +57,7 @@ class Push:
         return ANSI.sub("", self._output.read_text(errors="replace"))
 
     def sees(self, text: str, seconds: float = 20) -> None:
-        until(lambda: text in self.shown, f"{text!r} in the pusher's terminal", seconds)
+        eventually(lambda: text in self.shown, f"{text!r} in the pusher's terminal", seconds)
 
     def ends(self, code: int | None = None) -> str:
         """Wait for the end; without a code, of any push that was not accepted."""
@@ -197,7 +189,7 @@ class Control:
             if push.process.poll() is None:
                 push.lose_connection()
             push.process.wait()
-        until(self.free, "the end of the last deploy")
+        eventually(self.free, "the end of the last deploy")
         self.transport.stop()
 
 
@@ -352,7 +344,7 @@ def test_who_waits_may_go_away(control: Control) -> None:
     second.ends()
     control.go()
     first.ends(0)
-    until(control.free, "the lock")
+    eventually(control.free, "the lock")
     assert control.branch() == sha
     assert len(control.deploys()) == 1
 
@@ -366,8 +358,8 @@ def test_a_deploy_whose_pusher_is_gone_is_put_back(control: Control, how: str) -
     push.sees("deploying wait")
     getattr(push, how)()
     push.ends()
-    until(lambda: control.deploys("put back"), "the interruption")
-    until(control.free, "the lock")
+    eventually(lambda: control.deploys("put back"), "the interruption")
+    eventually(control.free, "the lock")
     assert control.deploys("interrupted twice") == []
     assert control.branch() == good
     assert "the servers are back" in control.log()
@@ -385,9 +377,9 @@ def test_a_deploy_that_succeeds_although_its_pusher_is_gone_moves_the_branch(con
     push = control.start()
     push.sees("deploying too late")
     push.lose_connection()
-    until(lambda: "putting the servers back" in control.log(), "the interruption")
+    eventually(lambda: "putting the servers back" in control.log(), "the interruption")
     control.go()
-    until(control.free, "the lock")
+    eventually(control.free, "the lock")
     assert control.branch() == sha
     assert "too late" in control.git("show", f"{sha}:behaviour", path=control.repository)
     after = control.commit()
@@ -408,7 +400,7 @@ def test_a_deploy_that_is_finished_although_it_did_not_end_well_moves_the_branch
     else:
         shown = push.ends(0)
         assert re.search(rf"main is live: {sha[:12]} .* Its deploy did not end well, though \(exit code 2\)", shown)
-    until(lambda: (control.home / "deploy.lock").exists() and control.free(), "the lock")
+    eventually(lambda: (control.home / "deploy.lock").exists() and control.free(), "the lock")
     assert control.branch() == sha
 
 
@@ -427,7 +419,7 @@ def test_a_branch_that_was_left_behind_follows_at_the_next_push(control: Control
     control.push()
     second = control.commit()
     control.push()
-    until(control.free, "the lock")
+    eventually(control.free, "the lock")
     control.git("update-ref", "refs/heads/main", first, path=control.repository)
     control.git("update-ref", "refs/hardstand/pending", second, path=control.mirror)
     control.commit()
@@ -451,8 +443,8 @@ def test_a_killed_hook_leaves_no_deploy_behind(control: Control) -> None:
     ]
     os.kill(mine[0], signal.SIGKILL)
     push.ends()
-    until(lambda: control.deploys("put back"), "the interruption")
-    until(control.free, "the lock")
+    eventually(lambda: control.deploys("put back"), "the interruption")
+    eventually(control.free, "the lock")
 
 
 def test_a_pusher_who_does_not_read_holds_nothing_up(control: Control) -> None:
@@ -460,10 +452,10 @@ def test_a_pusher_who_does_not_read_holds_nothing_up(control: Control) -> None:
     push = control.start()
     push.sees("remote: line 1 of")
     os.killpg(push.process.pid, signal.SIGSTOP)
-    until(lambda: control.deploys("end"), "the end of the deploy")
+    eventually(lambda: control.deploys("end"), "the end of the deploy")
     os.killpg(push.process.pid, signal.SIGCONT)
     push.process.wait(timeout=60)
-    until(control.free, "the lock")
+    eventually(control.free, "the lock")
     assert control.branch() == sha
 
 
@@ -478,7 +470,7 @@ def test_old_logs_go(control: Control) -> None:
 def test_a_mirror_that_lacks_objects_gets_them(control: Control) -> None:
     control.commit()
     control.push()
-    until(control.free, "the lock")
+    eventually(control.free, "the lock")
     shutil.rmtree(control.mirror / "objects")
     (control.mirror / "objects").mkdir()
     sha = control.commit()
@@ -617,7 +609,7 @@ def test_a_signal_to_the_workflows_step_reaches_ansible(workflow: Workflow) -> N
     started = workflow.directory / "started"
     command["env"]["WAIT"] = str(started)
     with subprocess.Popen(**command, stdout=subprocess.PIPE, text=True) as process:
-        until(started.exists, "ansible-playbook")
+        eventually(started.exists, "ansible-playbook")
         process.send_signal(signal.SIGINT)
         shown, _ = process.communicate(timeout=20)
     assert process.returncode == 99

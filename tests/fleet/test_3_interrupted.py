@@ -35,6 +35,15 @@ def start(fleet: Fleet, repository: Repository) -> Run:
     return fleet.run("deploy.yml", "--tags", "release", release_repository=str(repository.path))
 
 
+def die(fleet: Fleet, repository: Repository, phase: str) -> None:
+    """Begin to roll a commit out, and kill the control node's Ansible in a phase of it."""
+    run = start(fleet, repository)
+    run.reaches(PHASES[phase])
+    run.signal(signal.SIGKILL)
+    done = run.wait(30)
+    assert done.code == -signal.SIGKILL
+
+
 def check_next_deploy(fleet: Fleet, repository: Repository) -> None:
     """Roll out the same commit; it has to go live on all servers."""
     fleet.deploy(repository)
@@ -83,11 +92,7 @@ def test_ctrl_c_twice(fleet: Fleet, repository: Repository, release: str) -> Non
 
 def test_killed_control_node(fleet: Fleet, repository: Repository, release: str) -> None:
     with quiet_load(fleet):
-        run = start(fleet, repository)
-        run.reaches(PHASES["switch"])
-        run.signal(signal.SIGKILL)
-        done = run.wait(30)
-        assert done.code == -signal.SIGKILL
+        die(fleet, repository, "switch")
         # Every server goes on with one release or the other.
         new = repository.git("rev-parse", "HEAD")[:8]
         assert all(serving == release or serving.startswith(new) for serving in fleet.serving().values())
@@ -98,10 +103,7 @@ def test_killed_control_node(fleet: Fleet, repository: Repository, release: str)
 
 def test_recovery_by_hand(fleet: Fleet, repository: Repository, release: str) -> None:
     with quiet_load(fleet):
-        run = start(fleet, repository)
-        run.reaches(PHASES["switch"])
-        run.signal(signal.SIGKILL)
-        run.wait(30)
+        die(fleet, repository, "switch")
         fleet.expect("playbooks/recover.yml")
         assert fleet.check_whole() == release
 
@@ -197,10 +199,7 @@ def test_the_lock_of_another_machine_is_respected_until_forced(
     fleet: Fleet, repository: Repository, release: str
 ) -> None:
     # A run that has died, on a machine that nobody here can look at.
-    run = start(fleet, repository)
-    run.reaches(PHASES["migrate"])
-    run.signal(signal.SIGKILL)
-    run.wait(30)
+    die(fleet, repository, "migrate")
     for server in fleet.servers:
         edit = rf's/("machine": ")[^"]*/\1another/; s/@{socket.gethostname()}"/@another-machine"/'
         server.sh(f"sed -i -E '{edit}' {LOCK}", check=False)

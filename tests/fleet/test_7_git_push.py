@@ -6,47 +6,25 @@ import os
 import shlex
 import signal
 import subprocess
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.fleet.fleet import Fleet
-from tests.harness import APP, Repository, published_port, wait_for
+from tests.harness import APP, Program, Repository, published_port, wait_for
 from tests.load import Load
 
 WHO = "kim"
 
 
-class Push:
-    """A push under way, its output read as it comes, as a terminal would."""
+class Push(Program):
+    """A push under way."""
 
     def __init__(
         self, repository: Repository, ssh: str, remote: str, refspec: str = "HEAD:main", *options: str
     ) -> None:
-        self.process = subprocess.Popen(
-            ["git", "-C", str(repository.path), "push", *options, remote, refspec],
-            env={**os.environ, "GIT_SSH_COMMAND": ssh},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        self._lines: list[str] = []
-        self._reader = threading.Thread(target=self._read)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stdout
-        with self.process.stdout as output:
-            for line in output:
-                self._lines.append(line)
-
-    @property
-    def output(self) -> str:
-        return "".join(self._lines)
+        super().__init__(["git", "push", *options, remote, refspec], repository.path, GIT_SSH_COMMAND=ssh)
 
     def shows(self, text: str) -> None:
         """Wait until the pusher sees a text."""
@@ -62,10 +40,6 @@ class Push:
         code = self.process.wait(300)
         self._reader.join(10)
         return code
-
-    def signal(self, number: signal.Signals) -> None:
-        """Signal git and its ssh, as a terminal does."""
-        os.killpg(self.process.pid, number)
 
 
 class Remote:

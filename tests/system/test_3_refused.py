@@ -4,25 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from tests.harness import failing_migration
 from tests.system.servers import ROOT, Deploy, Repository, Server, load
-
-MIGRATION = '''"""A migration that fails."""
-
-from alembic import op
-
-revision = "ffffffffffff"
-down_revision = {head!r}
-branch_labels = None
-depends_on = None
-
-
-def upgrade() -> None:
-    op.execute("ALTER TABLE no_such_table ADD COLUMN x INTEGER")
-
-
-def downgrade() -> None:
-    pass
-'''
 
 
 @pytest.fixture
@@ -61,7 +44,7 @@ def test_never_healthy(server: Server, repository: Repository, deployed: str) ->
 
 def test_failing_migration(server: Server, repository: Repository, deployed: str) -> None:
     head = server.sh(f"cd {ROOT}/current && .venv/bin/alembic -c app/alembic.ini heads 2>/dev/null").split()[0]
-    repository.commit("Add a migration that fails", {"app/migrations/versions/ffff.py": MIGRATION.format(head=head)})
+    repository.commit("Add a migration that fails", failing_migration(head))
     run = expect_refusal(server, repository, deployed)
     assert "no such table: no_such_table" in run.output
     assert "alembic" in run.output

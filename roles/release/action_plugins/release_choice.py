@@ -11,15 +11,15 @@ Fails when no release will do, or the one that is named will not, and says which
 
 from __future__ import annotations
 
-import getpass
-import os
-import socket
-import time
+import runpy
 import typing as t
-import uuid
+from pathlib import Path
 
 from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
+
+# Ansible gives an action plugin no way to import another one of its role.
+PLAN = runpy.run_path(str(Path(__file__).resolve().with_name("release_plan.py")))
 
 Release = dict[str, t.Any]
 
@@ -119,13 +119,6 @@ class ActionModule(ActionBase):
             release_id=release["release"],
             commit=release["commit"],
             msg=f"Going back to {release['release']}: {release['subject']}",
-            deploy={
-                "id": uuid.uuid4().hex[:12],
-                "commit": release["commit"],
-                "who": os.environ.get("HARDSTAND_DEPLOY_WHO") or os.environ.get("SUDO_USER") or getpass.getuser(),
-                "from": socket.gethostname(),
-                "started": time.time(),
-                "rollback": True,
-            },
+            deploy={**PLAN["deploy_of"](release["commit"]), "rollback": True},
         )
         return result

@@ -126,9 +126,18 @@ def resolve_path(path: str, version: str, allow_uncommitted: bool) -> tuple[str,
     )
 
 
-def who() -> str:
-    """Return who deploys: the one that a git push names, or the person logged in here."""
-    return os.environ.get("HARDSTAND_DEPLOY_WHO") or os.environ.get("SUDO_USER") or getpass.getuser()
+def deploy_of(commit: str) -> dict[str, t.Any]:
+    """Return what goes into deploys.jsonl of a deploy of `commit` that begins now.
+
+    Who deploys is the one that a git push names, or the person logged in here.
+    """
+    return {
+        "id": uuid.uuid4().hex[:12],
+        "commit": commit,
+        "who": os.environ.get("HARDSTAND_DEPLOY_WHO") or os.environ.get("SUDO_USER") or getpass.getuser(),
+        "from": socket.gethostname(),
+        "started": time.time(),
+    }
 
 
 def resolve_url(url: str, version: str, deploy_key: str, known_hosts: t.Sequence[str] = ()) -> str:
@@ -223,13 +232,7 @@ class ActionModule(ActionBase):
             url=repository if remote else "",
             path="" if remote else repository,
             uncommitted=uncommitted,
-            deploy={
-                "id": uuid.uuid4().hex[:12],
-                "commit": commit,
-                "who": who(),
-                "from": socket.gethostname(),
-                "started": time.time(),
-            },
+            deploy=deploy_of(commit),
         )
         result["msg"] = f"{args['version']} is {commit[:12]}" + (" (uncommitted changes)" if uncommitted else "")
         return result

@@ -56,16 +56,18 @@ class Cutover:
         path: Path = self.directory / ".hardstand" / f"{slot}.conf"
         return path.read_bytes()
 
+    def configured_in(self, slot: str) -> bool:
+        """Return whether what a slot is configured to run is this release."""
+        try:
+            configured: bytes = self.supervisor.file(self.layout.program(slot)).read_bytes()
+        except FileNotFoundError:
+            return False
+        return configured == self.program_file(slot)
+
     def serving_slot(self) -> str | None:
         """Return the live slot when what it is configured to run is this release."""
         slot = self.layout.live_slot()
-        if slot is None:
-            return None
-        try:
-            current = self.supervisor.file(self.layout.program(slot)).read_bytes()
-        except FileNotFoundError:
-            return None
-        return slot if current == self.program_file(slot) else None
+        return slot if slot and self.configured_in(slot) else None
 
     def is_done(self) -> bool:
         """Return whether nothing is left to do: this release serves, alone."""
@@ -169,12 +171,7 @@ class Cutover:
 
     def runs_in(self, slot: str) -> bool:
         """Return whether a slot is configured to run this release, and is up."""
-        program = self.layout.program(slot)
-        try:
-            configured = self.supervisor.file(program).read_bytes() == self.program_file(slot)
-        except FileNotFoundError:
-            return False
-        return configured and self.supervisor.state(program) in Supervisor.UP
+        return self.configured_in(slot) and self.supervisor.state(self.layout.program(slot)) in Supervisor.UP
 
     def begin(self, deploy: t.Mapping[str, t.Any]) -> None:
         """Note what is under way, so that it can be undone from here whatever becomes of the control node."""

@@ -21,6 +21,7 @@ from ansible.module_utils.release_host import (
     ReleaseError,
     Supervisor,
     check_health,
+    read_pending,
     read_records,
 )
 
@@ -171,7 +172,7 @@ class Application:
 
     def pending(self) -> dict[str, t.Any] | None:
         """Return the deploy that began to start a release here and has not ended, or None."""
-        found = read_json(self.layout.pending)
+        found = read_pending(self.layout)
         if not found:
             return None
         deploy = found.get("deploy") or {}
