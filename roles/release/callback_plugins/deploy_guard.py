@@ -194,7 +194,8 @@ class CallbackModule(CallbackBase):
             return
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
-        # Ansible tells its workers to end, each with what it has started. Now and then one ends alone and its task goes on.
+        # Ansible tells its workers to end, each with what it has started. Now and then one ends alone, and its task
+        # goes on.
         for worker in self.workers:
             with contextlib.suppress(OSError):
                 os.killpg(worker, signal.SIGTERM)
