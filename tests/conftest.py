@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 NEEDS_ROOT = [f"test_release_{name}.py" for name in ("build", "cutover", "finish", "migrate", "recover", "ship")]
 collect_ignore = [] if os.geteuid() == 0 else NEEDS_ROOT
 
+# `bin/test --exhaustive` runs all there is. Without it, what repeats a test for another phase, another release of
+# Debian or many more times is left out, so that every change can be tested in well under an hour.
+EXHAUSTIVE = os.environ.get("HARDSTAND_TESTS") == "exhaustive"
+
 _LOAD_CLASS = """
 import importlib, traceback
 
@@ -30,6 +34,26 @@ def load_class(uri):
     except Exception:
         raise RuntimeError("class uri %r invalid or not found: \\n\\n[%s]" % (uri, traceback.format_exc()))
 """
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "exhaustive: only run by `bin/test --exhaustive`")
+    config.addinivalue_line("markers", "once: about what does not depend on Debian's release, so one server will do")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what only an exhaustive run is to do; pytest says how many that are."""
+    if EXHAUSTIVE:
+        return
+    left_out = [item for item in items if item.get_closest_marker("exhaustive") or _is_repeated(item)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+
+
+def _is_repeated(item: pytest.Item) -> bool:
+    """Return whether a test that one server is enough for is for another than the newest."""
+    parameters = getattr(getattr(item, "callspec", None), "params", {})
+    return bool(item.get_closest_marker("once")) and not parameters.get("server_name", "debian13").endswith("debian13")
 
 
 @pytest.fixture

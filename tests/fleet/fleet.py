@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
+from _pytest.mark import ParameterSet
 
 from tests.harness import APP, DOMAIN, PROJECT, ROOT, Deploy, Repository, Run, Server, molecule_inventory, wait_for
 from tests.load import Load, Report, Target
@@ -40,6 +42,11 @@ connection.sock.connect("{ROOT}/run/live.sock")
 connection.request("GET", "/api/info")
 print(json.load(connection.getresponse())["release"])
 """
+
+
+def rarely(value: object) -> ParameterSet:
+    """Return a parameter that is left to an exhaustive run."""
+    return pytest.param(value, marks=pytest.mark.exhaustive)
 
 
 @dataclass

@@ -38,6 +38,7 @@ def fetch(server: Server, address: str, port: int, path: str, name: str = DOMAIN
     return server.sh(f"python3 -c '{_FETCH}' '{wanted}'")
 
 
+@pytest.mark.exhaustive
 def test_nothing_new_changes_nothing(fleet: Fleet) -> None:
     before = fleet.state()
     again = fleet.expect("deploy.yml")

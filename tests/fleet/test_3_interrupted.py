@@ -11,12 +11,15 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.fleet.fleet import LOCK, PHASES, Fleet
+from tests.fleet.fleet import LOCK, PHASES, Fleet, rarely
 from tests.harness import Repository, Run, wait_for
 from tests.load import Load
 
 # Until the first old release is stopped, going back is what leaves the fleet on one release; from then on, going on is.
 GOING_BACK = ("preflight", "build", "migrate", "start", "switch")
+
+# Phases that also a quick run interrupts: one that goes back, one that goes on.
+OFTEN = ("switch", "drain")
 
 
 @contextmanager
@@ -51,7 +54,7 @@ def check_next_deploy(fleet: Fleet, repository: Repository) -> None:
     assert fleet.drained() == set()
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("phase", [phase if phase in OFTEN else rarely(phase) for phase in PHASES])
 def test_ctrl_c(fleet: Fleet, repository: Repository, release: str, phase: str) -> None:
     with quiet_load(fleet):
         run = start(fleet, repository)
@@ -65,7 +68,7 @@ def test_ctrl_c(fleet: Fleet, repository: Repository, release: str, phase: str) 
         check_next_deploy(fleet, repository)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, rarely(signal.SIGHUP)])
 def test_other_signals(fleet: Fleet, repository: Repository, release: str, number: signal.Signals) -> None:
     with quiet_load(fleet):
         run = start(fleet, repository)
@@ -78,6 +81,7 @@ def test_other_signals(fleet: Fleet, repository: Repository, release: str, numbe
         check_next_deploy(fleet, repository)
 
 
+@pytest.mark.exhaustive
 def test_ctrl_c_twice(fleet: Fleet, repository: Repository, release: str) -> None:
     with quiet_load(fleet):
         run = start(fleet, repository)
@@ -101,6 +105,7 @@ def test_killed_control_node(fleet: Fleet, repository: Repository, release: str)
         check_next_deploy(fleet, repository)
 
 
+@pytest.mark.exhaustive
 def test_recovery_by_hand(fleet: Fleet, repository: Repository, release: str) -> None:
     with quiet_load(fleet):
         die(fleet, repository, "switch")
@@ -120,6 +125,7 @@ def test_the_second_of_two_deploys_is_refused(fleet: Fleet, repository: Reposito
     assert fleet.check_whole() != release
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("release")
 def test_the_second_of_two_deploys_waits_if_told(fleet: Fleet, repository: Repository) -> None:
     first = start(fleet, repository)
@@ -171,6 +177,7 @@ def test_a_server_that_is_down_ends_the_deploy_or_is_left_out(
     assert set(fleet.who_answers().served["start"]) == set(fleet.apps)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("release")
 def test_a_server_that_dies_right_after_its_cut_over(fleet: Fleet, repository: Repository) -> None:
     first = next(iter(fleet.apps))

@@ -42,6 +42,7 @@ def test_drain_and_resume_under_load(fleet: Fleet) -> None:
     assert set(report.served["resumed"]) == set(fleet.apps)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("release")
 def test_draining_twice_changes_nothing(fleet: Fleet) -> None:
     first = next(iter(fleet.apps))
@@ -53,6 +54,7 @@ def test_draining_twice_changes_nothing(fleet: Fleet) -> None:
     assert fleet.expect(RESUME, resume_host=first).changed == 0
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("release")
 def test_the_last_server_is_not_drained(fleet: Fleet) -> None:
     *others, last = fleet.apps
@@ -84,6 +86,7 @@ def test_a_server_that_an_operator_drained_stays_so_through_a_deploy(fleet: Flee
     assert fleet.drained() == set()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("release")
 def test_a_server_that_is_not_healthy_is_not_resumed(fleet: Fleet) -> None:
     first, server = next(iter(fleet.apps.items()))
@@ -180,6 +183,7 @@ def test_status(fleet: Fleet, repository: Repository) -> None:
     assert fleet.lb.name in run.output
 
 
+@pytest.mark.exhaustive
 def test_status_of_a_fleet_that_is_not_well(fleet: Fleet, release: str) -> None:
     first, *_, last = fleet.apps
     fleet.expect(DRAIN, drain_host=first)

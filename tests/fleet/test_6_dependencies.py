@@ -36,6 +36,7 @@ def test_new_requirements_are_the_same_everywhere(fleet: Fleet, repository: Repo
     assert (lock_files(), virtualenvs()) == (new_lock, venvs)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("release")
 def test_a_new_server_gets_the_set_that_the_others_have(fleet: Fleet, repository: Repository) -> None:
     *others, last = fleet.apps.values()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fleet.fleet import Fleet
+from tests.fleet.fleet import Fleet, rarely
 from tests.harness import APP, Program, Repository, published_port, wait_for
 from tests.load import Load
 
@@ -135,6 +135,7 @@ def test_other_branches_are_refused(fleet: Fleet, remote: Remote) -> None:
     assert remote.settle() == before
 
 
+@pytest.mark.exhaustive
 def test_two_pushes_at_once(fleet: Fleet, remote: Remote) -> None:
     first_commit = remote.repository.commit("The first of two")
     first = remote.push()
@@ -155,7 +156,7 @@ def test_two_pushes_at_once(fleet: Fleet, remote: Remote) -> None:
     assert fleet.check_whole().startswith(second_commit[:8])
 
 
-@pytest.mark.parametrize("phase", ["Build", "Switch", "Drain"])
+@pytest.mark.parametrize("phase", [rarely("Build"), "Switch", rarely("Drain")])
 def test_ctrl_c_of_the_pusher(fleet: Fleet, remote: Remote, phase: str) -> None:
     before, branch = fleet.check_whole(), remote.branch()
     commit = remote.repository.commit(f"Interrupted: {phase}")
@@ -172,6 +173,7 @@ def test_ctrl_c_of_the_pusher(fleet: Fleet, remote: Remote, phase: str) -> None:
     remote.check_agrees()
 
 
+@pytest.mark.exhaustive
 def test_a_lost_connection(fleet: Fleet, remote: Remote) -> None:
     remote.repository.commit("Connection lost")
     push = remote.push()
@@ -186,6 +188,7 @@ def test_a_lost_connection(fleet: Fleet, remote: Remote) -> None:
     assert fleet.check_whole().startswith(commit[:8])
 
 
+@pytest.mark.exhaustive
 def test_a_deploy_by_hand_meanwhile_refuses_the_push_by_name(fleet: Fleet, remote: Remote) -> None:
     branch = remote.branch()
     remote.repository.commit("By hand")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
+import pytest
+
 from tests.system.servers import ROOT, Reply, Repository, Server, load, wait_for
 
 SLOW = '''
@@ -79,6 +81,7 @@ def test_a_setting_alone_is_a_release(server: Server, repository: Repository) ->
     assert server.release() == before
 
 
+@pytest.mark.once
 def test_a_post_outlives_a_redeploy(server: Server, repository: Repository) -> None:
     made = server.request("POST", "/api/posts", {"title": "stays", "body": "here"})
     repository.commit("Another commit")
@@ -86,6 +89,7 @@ def test_a_post_outlives_a_redeploy(server: Server, repository: Repository) -> N
     assert server.request("GET", made.headers["Location"]).json()["title"] == "stays"
 
 
+@pytest.mark.once
 def test_check_mode_changes_nothing_and_shows_no_secret(server: Server, repository: Repository) -> None:
     before = server.state(), server.release()
     secret = server.sh(f"sed -n 's/^SECRET_KEY=\"\\(.*\\)\"$/\\1/p' {ROOT}/current/.env")
@@ -99,6 +103,7 @@ def test_check_mode_changes_nothing_and_shows_no_secret(server: Server, reposito
     assert (server.state(), server.release()) == before
 
 
+@pytest.mark.once
 def test_uncommitted_changes_are_refused_or_asked_for(server: Server, repository: Repository) -> None:
     (repository.path / "app" / "static" / "uncommitted.txt").write_text("here\n")
     before = server.release()

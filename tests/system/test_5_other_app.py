@@ -6,6 +6,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.system.servers import Server
 
 # Nothing but ASGI, from a factory, in a src layout, in a sub-directory; reads os.environ and knows no .env.
@@ -70,6 +72,7 @@ def settings(path: Path) -> dict[str, Any]:
     }
 
 
+@pytest.mark.once
 def test_it_is_served_beside_the_first(server: Server, tmp_path: Path) -> None:
     release, masters = server.release(), server.gunicorns()
     wanted = settings(tmp_path / "shop")
