@@ -16,7 +16,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -303,6 +303,40 @@ class Run(Program):
         # Not for ever: a connection that Ansible keeps open may hold the pipe as well.
         self._reader.join(5)
         return Deploy(code, self.output, taken)
+
+
+@dataclass(kw_only=True)
+class Operator:
+    """Runs playbooks on an environment; settings are on top of its own."""
+
+    inventories: list[str]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def run(self, playbook: str, *arguments: str, nice: int = 0, **settings: Any) -> Run:
+        """Start a playbook."""
+        return Run(self.inventories, playbook, *arguments, nice=nice, **{**self.settings, **settings})
+
+    def play(self, playbook: str, *arguments: str, nice: int = 0, **settings: Any) -> Deploy:
+        """Run a playbook to its end, however it ends."""
+        return self.run(playbook, *arguments, nice=nice, **settings).wait()
+
+    def expect(self, playbook: str, *arguments: str, **settings: Any) -> Deploy:
+        """Run a playbook that has to succeed."""
+        done = self.play(playbook, *arguments, **settings)
+        assert done.code == 0, done.output
+        return done
+
+    def deploy(self, repository: Repository, *arguments: str, **settings: Any) -> Deploy:
+        """Roll out a repository's HEAD, and nothing else; has to succeed."""
+        return self.expect(
+            "deploy.yml", "--tags", "release", *arguments, release_repository=str(repository.path), **settings
+        )
+
+    def refuse(self, playbook: str, *arguments: str, **settings: Any) -> Deploy:
+        """Run a playbook that has to fail."""
+        done = self.play(playbook, *arguments, **settings)
+        assert done.code != 0, done.output
+        return done
 
 
 # As the developer ---------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import json
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import pytest
 import yaml
 from _pytest.mark import ParameterSet
 
-from tests.harness import APP, DOMAIN, PROJECT, ROOT, Deploy, Repository, Run, Server, molecule_inventory, wait_for
+from tests.harness import APP, DOMAIN, PROJECT, ROOT, Operator, Server, molecule_inventory, wait_for
 from tests.load import Load, Report, Target
 
 SCENARIO = PROJECT / "molecule" / "rolling"
@@ -49,8 +49,8 @@ def rarely(value: object) -> ParameterSet:
     return pytest.param(value, marks=pytest.mark.exhaustive)
 
 
-@dataclass
-class Fleet:
+@dataclass(kw_only=True)
+class Fleet(Operator):
     """All servers, and the operator of them."""
 
     lb: Server
@@ -58,41 +58,11 @@ class Fleet:
     control: Server
     database: Server
     addresses: dict[str, str]
-    inventories: list[str]
-    settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def servers(self) -> list[Server]:
         """The servers that a deploy is about."""
         return [self.lb, *self.apps.values()]
-
-    # As the operator
-
-    def run(self, playbook: str, *arguments: str, nice: int = 0, **settings: Any) -> Run:
-        """Start a playbook."""
-        return Run(self.inventories, playbook, *arguments, nice=nice, **{**self.settings, **settings})
-
-    def play(self, playbook: str, *arguments: str, nice: int = 0, **settings: Any) -> Deploy:
-        """Run a playbook to its end, however it ends."""
-        return self.run(playbook, *arguments, nice=nice, **settings).wait()
-
-    def expect(self, playbook: str, *arguments: str, **settings: Any) -> Deploy:
-        """Run a playbook that has to succeed."""
-        done = self.play(playbook, *arguments, **settings)
-        assert done.code == 0, done.output
-        return done
-
-    def deploy(self, repository: Repository, *arguments: str, **settings: Any) -> Deploy:
-        """Roll out a repository's HEAD, and nothing else; has to succeed."""
-        return self.expect(
-            "deploy.yml", "--tags", "release", *arguments, release_repository=str(repository.path), **settings
-        )
-
-    def refuse(self, playbook: str, *arguments: str, **settings: Any) -> Deploy:
-        """Run a playbook that has to fail."""
-        done = self.play(playbook, *arguments, **settings)
-        assert done.code != 0, done.output
-        return done
 
     # As root on the servers
 
