@@ -162,6 +162,8 @@ def test_a_wrong_setting_is_named(settings: dict[str, Any], says: str) -> None:
         ({"certificate_names": ["www.example.org"]}, "its names change"),
         ({"public_key": "another"}, "it is for another key"),
         ({"certificate_renew_days": 31}, "it ends soon"),
+        ({"certificate_client": True}, "its owner is to be a client too"),
+        ({"certificate_names": ["blog.example.org", "192.0.2.1"]}, "its names change"),
     ],
 )
 def test_a_new_certificate_has_a_reason(tmp_path: Path, change: dict[str, Any], reason: str) -> None:
@@ -203,6 +205,8 @@ def converge(module: ModuleType, tmp_path: Path) -> Converge:
             "directory": str(tmp_path / "ssl"),
             "name": "blog",
             "subject_alt_names": ["DNS:blog.example.org", "IP:2001:db8::1"],
+            "client": False,
+            "group": "root",
             "certificate": None,
             "private_key": None,
         }
@@ -231,6 +235,36 @@ def test_the_request_names_what_was_asked_for_and_no_authority(converge: Converg
     assert names.get_values_for_type(x509.IPAddress) == [ipaddress.ip_address("2001:db8::1")]
     assert not request.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
     assert request.is_signature_valid
+
+
+@pytest.mark.parametrize("client", [False, True])
+def test_a_certificate_may_be_a_clients_as_well(converge: Converge, client: bool) -> None:
+    request = x509.load_pem_x509_csr(converge(client=client)["csr"].encode())
+    usage = set(request.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value)
+    assert x509.ExtendedKeyUsageOID.SERVER_AUTH in usage
+    assert (x509.ExtendedKeyUsageOID.CLIENT_AUTH in usage) == client
+
+
+def test_addresses_may_be_dns_names_too() -> None:
+    settings = {"certificate_names": ["db.internal", "192.0.2.1"], "certificate_address_names": True}
+    names = evaluate("certificate", "_certificate_subject_alt_names", **settings)
+    assert names == ["DNS:db.internal", "IP:192.0.2.1", "DNS:192.0.2.1"]
+
+
+def test_a_key_is_for_a_group_to_read(converge: Converge, tmp_path: Path) -> None:
+    converge()
+    converge(certificate=CHAIN, private_key=pem(KEY))
+    assert converge(group="daemon")["changed"]
+    assert (tmp_path / "ssl/blog.key").group() == "daemon"
+    assert (tmp_path / "ssl/blog.key").stat().st_mode & 0o777 == 0o640
+    assert (tmp_path / "ssl/blog.crt").group() == "root"
+    assert not converge(group="daemon")["changed"]
+
+
+def test_a_group_that_does_not_exist_is_named(converge: Converge, module: ModuleType) -> None:
+    with pytest.raises(module.PairError, match="no-such-group"):
+        converge(group="no-such-group")
+    converge(group="no-such-group", check=True)
 
 
 def test_a_name_longer_than_a_common_name_may_be_is_no_problem(converge: Converge) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import grp
 import os
 import subprocess
 import tempfile
@@ -35,6 +36,14 @@ options:
     type: list
     elements: str
     default: []
+  client:
+    description: Whether the signing request is for a certificate that its owner can also be a client with.
+    type: bool
+    default: false
+  group:
+    description: Group that may read the key. It must exist; in check mode it need not yet.
+    type: str
+    default: root
   certificate:
     description: Certificate chain (PEM, the server's own first) to put in place. Without it the present one stays.
     type: str
@@ -125,7 +134,7 @@ def new_key() -> str:
     return openssl("genpkey", "-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256")
 
 
-def signing_request(key_file: Path, subject_alt_names: list[str]) -> str:
+def signing_request(key_file: Path, subject_alt_names: list[str], *, client: bool) -> str:
     """Return a signing request (PEM) for `subject_alt_names`, signed with the key in `key_file`.
 
     The first name becomes the common name, for people; clients look at the alternative names alone.
@@ -143,7 +152,7 @@ def signing_request(key_file: Path, subject_alt_names: list[str]) -> str:
             "[extensions]",
             "basicConstraints = critical,CA:FALSE",
             "keyUsage = critical,digitalSignature",
-            "extendedKeyUsage = serverAuth",
+            f"extendedKeyUsage = serverAuth{',clientAuth' if client else ''}",
             f"subjectAltName = {','.join(subject_alt_names)}",
             "",
         ]
@@ -183,16 +192,26 @@ def replace_all(files: list[tuple[Path, str, int]]) -> None:
         temporary.replace(path)
 
 
-def fix_mode(path: Path, mode: int, *, check: bool) -> bool:
-    """Give `path` its mode, and root as its owner where we are root. Return whether that changed anything."""
+def group_number(name: str, *, check: bool) -> int:
+    """Return the number of a group; root's where a dry run does not find it, because what makes it has not run."""
+    try:
+        return grp.getgrnam(name).gr_gid
+    except KeyError:
+        if check:
+            return 0
+        raise PairError(f"There is no group {name} on this server, which is to read the key.") from None
+
+
+def fix_mode(path: Path, mode: int, group: int = 0, *, check: bool) -> bool:
+    """Give `path` its mode, and its owners, where we are root: root and `group`. Return whether anything changed."""
     status = path.stat()
-    owned = os.geteuid() != 0 or (status.st_uid, status.st_gid) == (0, 0)
+    owned = os.geteuid() != 0 or (status.st_uid, status.st_gid) == (0, group)
     if status.st_mode & 0o7777 == mode and owned:
         return False
     if not check:
         path.chmod(mode)
         if not owned:
-            os.chown(path, 0, 0)
+            os.chown(path, 0, group)
     return True
 
 
@@ -231,9 +250,10 @@ def converge(parameters: dict[str, Any], *, check: bool, diff: bool) -> dict[str
         changed |= fix_mode(directory, DIRECTORY_MODE, check=check)
     if not check:
         replace_all(new)
-    for path, mode in ((key_file, KEY_MODE), (certificate_file, CERTIFICATE_MODE)):
+    group = group_number(parameters["group"], check=check)
+    for path, mode, owner in ((key_file, KEY_MODE, group), (certificate_file, CERTIFICATE_MODE, 0)):
         if path.exists():
-            changed |= fix_mode(path, mode, check=check)
+            changed |= fix_mode(path, mode, owner, check=check)
 
     result: dict[str, Any] = {
         "changed": changed or bool(new),
@@ -242,7 +262,7 @@ def converge(parameters: dict[str, Any], *, check: bool, diff: bool) -> dict[str
         "csr": "",
     }
     if parameters["subject_alt_names"] and key_file.exists():
-        result["csr"] = signing_request(key_file, parameters["subject_alt_names"])
+        result["csr"] = signing_request(key_file, parameters["subject_alt_names"], client=parameters["client"])
     if diff and replaces_certificate:
         result["diff"] = {
             "before": describe(certificate),
@@ -260,6 +280,8 @@ def main() -> None:
             "directory": {"type": "path", "required": True},
             "name": {"type": "str", "required": True},
             "subject_alt_names": {"type": "list", "elements": "str", "default": []},
+            "client": {"type": "bool", "default": False},
+            "group": {"type": "str", "default": "root"},
             "certificate": {"type": "str"},
             "private_key": {"type": "str", "no_log": True},
         },
