@@ -14,6 +14,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from tests.role_templates import ROLES, evaluate
 
@@ -241,8 +242,8 @@ def test_the_request_names_what_was_asked_for_and_no_authority(converge: Converg
 def test_a_certificate_may_be_a_clients_as_well(converge: Converge, client: bool) -> None:
     request = x509.load_pem_x509_csr(converge(client=client)["csr"].encode())
     usage = set(request.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value)
-    assert x509.ExtendedKeyUsageOID.SERVER_AUTH in usage
-    assert (x509.ExtendedKeyUsageOID.CLIENT_AUTH in usage) == client
+    assert ExtendedKeyUsageOID.SERVER_AUTH in usage
+    assert (ExtendedKeyUsageOID.CLIENT_AUTH in usage) == client
 
 
 def test_addresses_may_be_dns_names_too() -> None:
