@@ -186,6 +186,46 @@ def test_a_fleet_has_its_groups_and_ports(project: Project) -> None:
     assert inventory["all"]["vars"] == {"ansible_user": "root"}
 
 
+def test_a_database_server_has_its_groups_secrets_and_settings(project: Project) -> None:
+    output = project.run(
+        "-vvv",
+        "--diff",
+        env="data",
+        environment_db="203.0.113.10",
+        environment_backup="203.0.113.20:2222",
+        environment_control="203.0.113.20:2222",
+        **EXAMPLE,
+    )
+    inventory = yaml.safe_load(project.read("data/hosts.yml"))
+    assert inventory["app"]["hosts"] == {"app1": {"ansible_host": "203.0.113.10"}}
+    # One server with one name, whatever it is for.
+    assert inventory["db"]["hosts"] == {"app1": None}
+    assert inventory["backup"]["hosts"] == {"backup1": {"ansible_host": "203.0.113.20", "ansible_port": 2222}}
+    assert inventory["control"]["hosts"] == {"backup1": None}
+    assert inventory["all"]["vars"] == {"ansible_user": "root"}
+    settings = yaml.safe_load(project.read("data/group_vars/all/vars.yml"))
+    assert settings["release_secrets"]["DATABASE_URL"] == "{{ database_url }}"
+    assert settings["release_migration_secrets"] == {"DATABASE_URL": "{{ database_migration_url }}"}
+    vault = project.vault("data")
+    database = {"vault_postgresql_password", "vault_postgresql_owner_password", "vault_backup_passphrase"}
+    assert vault.keys() == {"vault_secret_key", *database}
+    assert len(set(vault.values())) == 4
+    for secret in vault.values():
+        assert len(secret) >= 16
+        assert secret not in output
+    assert "changed=0" in project.run(env="data", environment_db="203.0.113.10", **EXAMPLE)
+
+
+def test_a_database_server_may_come_to_an_inventory_that_is_there(project: Project) -> None:
+    """As in a scenario: hosts.yml is somebody else's, settings and secrets are still to be made."""
+    (project.inventories / "data").mkdir(parents=True)
+    (project.inventories / "data/hosts.yml").write_text("app:\n  hosts:\n    one:\n")
+    project.run(env="data", environment_db="203.0.113.7", environment_domain="a.test")
+    assert project.read("data/hosts.yml") == "app:\n  hosts:\n    one:\n"
+    assert "release_migration_secrets:" in project.read("data/group_vars/all/vars.yml")
+    assert "vault_postgresql_password" in project.vault("data")
+
+
 def test_load_balancers_come_beside_what_is_there_without_them(project: Project) -> None:
     project.run(env="one", **EXAMPLE)
     project.run(env="two", environment_lb="203.0.113.5", **EXAMPLE)
@@ -238,6 +278,16 @@ def test_the_database_can_be_named_and_its_password_drawn(project: Project) -> N
         (
             {"env": "prod", "environment_database_url": "mysql://u:pass@h/d", **EXAMPLE},
             "is no URL that the application",
+        ),
+        ({"env": "prod", "environment_db": "1.2.3.4,1.2.3.5", **EXAMPLE}, "For PostgreSQL there is one server"),
+        (
+            {"env": "prod", "environment_db": "1.2.3.4", "environment_backup": "x y", **EXAMPLE},
+            "for its backups one server",
+        ),
+        ({"env": "prod", "environment_backup": "1.2.3.4", **EXAMPLE}, "names another server, for the backups"),
+        (
+            {"env": "prod", "environment_db": "1.2.3.4", "environment_database_url": "postgresql://u:p@h/d", **EXAMPLE},
+            "one of them",
         ),
         ({"env": "prod", "environment_host": "1.2.3.4"}, "Give the DNS names"),
         ({"env": "prod", "environment_host": "1.2.3.4", "environment_domain": "https://x"}, "Give the DNS names"),

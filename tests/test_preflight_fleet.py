@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -71,6 +72,79 @@ class TestWhoTakesPart:
     )
     def test_the_first_is_the_same_for_every_run(self, play: list[str], without: str, first: str) -> None:
         assert of_preflight("_preflight_first", play, preflight_without=without) == first
+
+
+class TestWithADatabaseServer:
+    GROUPS: ClassVar[dict[str, list[str]]] = {
+        "all": ["app1", "app2", "db1", "b1"], "app": ["app1", "app2"], "db": ["db1"], "backup": ["b1"],
+    }  # fmt: skip
+
+    def problems(self, play: list[str] | None = None, **variables: Any) -> list[str]:
+        hostvars = {name: {"inventory_hostname": name, "ansible_facts": {}} for name in self.GROUPS["all"]}
+        for name, own in variables.pop("own", {}).items():
+            hostvars[name] |= own
+        known = {"groups": self.GROUPS, "hostvars": hostvars} | variables
+        found: list[str] = of_preflight("_preflight_fleet_problems", play or self.GROUPS["all"], **known)
+        return found
+
+    def test_all_of_them_take_part(self) -> None:
+        assert self.problems() == []
+        (problem,) = self.problems(["app1", "app2", "db1"])
+        assert problem.startswith("--limit leaves out b1, and")
+
+    def test_no_deploy_does_without_it(self) -> None:
+        (problem,) = self.problems(preflight_without="db1")
+        assert problem == "preflight_without names db1, the database server: no release starts without it."
+
+    @pytest.mark.parametrize("name", ["app2", "b1"])
+    def test_who_is_left_out_must_have_an_address_that_is_known(self, name: str) -> None:
+        (problem,) = self.problems(preflight_without=name)
+        assert problem.startswith(f"preflight_without names {name}, and the database server has to know its address")
+        assert self.problems(preflight_without=name, own={name: {"internal_address": "10.0.0.9"}}) == []
+
+    NEEDS: ClassVar[list[dict[str, Any]]] = [
+        {"host": "app1", "workers": 4, "each": 5, "connections": 40},
+        {"host": "app2", "workers": 1, "each": 5, "connections": 10},
+    ]
+
+    def database(self, releases: tuple[str, str] = ("trixie", "trixie"), **variables: Any) -> list[str]:
+        hostvars = {
+            name: {"ansible_facts": {"distribution_release": release}}
+            for name, release in zip(("db1", "b1"), releases, strict=True)
+        }
+        known: dict[str, Any] = {"groups": self.GROUPS, "hostvars": hostvars, "preflight_database_needs": self.NEEDS}
+        found: list[str] = of_preflight("_preflight_database_problems", **known | variables)
+        return found
+
+    def test_connections_that_nobody_has_limited_are_enough(self) -> None:
+        assert self.database() == []
+        assert self.database(preflight_database_own_max_connections=70, preflight_database_reserved=20) == []
+        assert self.database(preflight_database_max_connections=52) == []
+
+    def test_connections_that_are_too_few_are_counted(self) -> None:
+        assert self.database(
+            preflight_database_own_max_connections=69,
+            preflight_database_reserved=20,
+            __preflight_settings={"settings_file": "inventories/prod/group_vars/all/vars.yml"},
+        ) == [
+            "postgresql_max_connections is 69, and this deploy may need 70 connections to the database:",
+            "  app1: 4 workers × 5 connections × 2 releases during a deploy = 40",
+            "  app2: 1 worker × 5 connections × 2 releases during a deploy = 10",
+            "  for all else: 20",
+            (
+                "Raise it, or lower release_workers or DATABASE_POOL_SIZE (release_env), in"
+                " inventories/prod/group_vars/all/vars.yml. Without it, it follows from the sum."
+            ),
+        ]
+
+    def test_connections_of_a_managed_database_are_counted_where_its_limit_is_known(self) -> None:
+        first, *_, last = self.database(preflight_database_max_connections=51)
+        assert first.startswith("preflight_database_max_connections is 51, and this deploy may need 52 connections")
+        assert "follows from the sum" not in last
+
+    def test_backups_need_the_same_debian(self) -> None:
+        (problem,) = self.database(("trixie", "bookworm"))
+        assert problem.startswith("db1 and b1 run different releases of Debian (trixie, bookworm), and pgBackRest")
 
 
 class TestWhoIsGone:
@@ -180,6 +254,15 @@ class TestLocks:
         assert "make room, or lower preflight_min_free_mb" in output
         assert project.notes() == []
         assert project.locked() == [], output
+
+    def test_a_database_with_too_few_connections_ends_the_run_and_locks_nobody(self, project: LocalProject) -> None:
+        variables = {"release_workers": 2, "preflight_database_max_connections": 5, "preflight_database_check": True}
+        code, output = project.run(deploy(project), "-e", json.dumps(variables))
+        assert code == 2, output
+        assert "preflight_database_max_connections is 5, and this deploy may need 42 connections" in output
+        assert project.notes() == []
+        assert project.locked() == [], output
+        assert "did not end by itself" not in output
 
     def test_a_mistake_in_who_takes_part_locks_nobody(self, project: LocalProject) -> None:
         code, output = project.run(deploy(project), "-e", "preflight_without=app9")

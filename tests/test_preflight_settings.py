@@ -294,3 +294,190 @@ def test_an_ini_inventory_is_understood(project: Project) -> None:
         "inventories/prod/hosts:2: there is no setting web_por. Did you mean web_port?",
         "inventories/prod/hosts:5: there is no setting web_modul. Did you mean web_module?",
     ]
+
+
+RELEASE_SPEC = """
+argument_specs:
+  main:
+    options:
+      release_env: {type: dict, default: {}}
+      release_secrets: {type: dict, default: {}}
+      release_migration_secrets: {type: dict, default: {}}
+      release_migrate_each_host: {type: bool, default: false}
+"""
+# What the project's own wiring makes of the vault, in short.
+WIRING = """
+_fleet_db: "{{ (groups['db'] | default([]) + ['']) | first }}"
+database_url: >-
+  {{ 'postgresql://x:' ~ vault_postgresql_password ~ '@' if _fleet_db else vault_database_url | default('') }}
+database_migration_url: >-
+  {{ 'postgresql://o:' ~ vault_postgresql_owner_password ~ '@' if _fleet_db else database_url }}
+"""
+DATABASE_VARS = """\
+app_name: demo
+app_domains: [demo.example]
+web_module: demo.main:app
+release_secrets:
+  DATABASE_URL: "{{ database_url }}"
+"""
+MIGRATIONS = """\
+release_migration_secrets:
+  DATABASE_URL: "{{ database_migration_url }}"
+"""
+PASSWORDS = """\
+vault_postgresql_password: YSBwYXNzd29yZA-1
+vault_postgresql_owner_password: YSBwYXNzd29yZA-2
+"""
+HOSTS_FILE = "inventories/prod/hosts.yml"
+VAULT_EDIT = f": ansible-vault edit {VAULT_FILE}"
+
+
+class TestDatabase:
+    @pytest.fixture
+    def project(self, tmp_path: Path) -> Project:
+        made = Project(tmp_path)
+        made.write("roles/release/meta/argument_specs.yml", RELEASE_SPEC)
+        made.write("group_vars/all.yml", WIRING)
+        made.vars(DATABASE_VARS)
+        made.vault("vault_database_url: postgresql://demo:dGhpcyBpcyBub3Q@db.example/demo\n")
+        return made
+
+    @pytest.fixture
+    def with_server(self, project: Project) -> Project:
+        project.write(HOSTS_FILE, HOSTS + "db:\n  hosts:\n    db1: {ansible_connection: local}\n")
+        project.vars(DATABASE_VARS + MIGRATIONS)
+        project.vault(PASSWORDS)
+        return project
+
+    def test_elsewhere_is_nobodys_business(self, project: Project) -> None:
+        assert project.preflight() == []
+
+    def test_of_one_server_that_has_none_to_share_may_be_sqlite(self, project: Project) -> None:
+        project.vault("vault_database_url: sqlite:////srv/demo/shared/demo.db\n")
+        project.write(HOSTS_FILE, "app: {hosts: {app1: {ansible_connection: local}}}\n")
+        assert project.preflight() == []
+
+    def test_that_is_sqlite_cannot_be_shared(self, project: Project) -> None:
+        project.vault("vault_database_url: sqlite:////srv/demo/shared/demo.db\n")
+        (problem,) = project.preflight()
+        assert problem == (
+            f"{VARS_FILE}:5: release_secrets.DATABASE_URL is SQLite, a file on one server, and each of 2 application"
+            " servers would have data of its own. Use PostgreSQL: a server in group db, or a managed one"
+            " (vault_database_url). Servers that are to know nothing of each other say release_migrate_each_host: true"
+        )
+        project.vars(DATABASE_VARS + "release_migrate_each_host: true\n")
+        assert project.preflight() == []
+
+    def test_that_the_vault_lacks_is_asked_for_by_name(self, project: Project) -> None:
+        project.vault("vault_other: dGhpcyBpcyBub3Q\n")
+        assert project.preflight() == [
+            (
+                f"{VAULT_FILE}: vault_database_url is not set; release_secrets.DATABASE_URL needs it ({VARS_FILE}:5)."
+                f" Add it{VAULT_EDIT}"
+            )
+        ]
+
+    def test_on_a_server_of_ours_passes(self, with_server: Project) -> None:
+        assert with_server.preflight() == []
+
+    def test_on_a_server_of_ours_may_go_by_another_name(self, with_server: Project) -> None:
+        other = DATABASE_VARS.replace("DATABASE_URL:", "DSN:").replace("_url", "_url | replace('sql:', 'x:')")
+        with_server.vars(other + MIGRATIONS)
+        assert with_server.preflight() == []
+
+    def test_on_a_server_of_ours_has_to_be_named(self, with_server: Project) -> None:
+        with_server.vars(DATABASE_VARS.replace("{{ database_url }}", "{{ vault_database_url }}"))
+        with_server.vault(PASSWORDS + "vault_database_url: postgresql://demo:dGhpcyBpcyBub3Q@db.example/demo\n")
+        problems = with_server.preflight()
+        assert problems[-1] == (
+            f"{VARS_FILE}:5: release_secrets.DATABASE_URL must be the database of db1, which is in group db:"
+            ' put DATABASE_URL: "{{ database_url }}" below release_secrets'
+        )
+        assert problems[0] == (
+            f"{VARS_FILE}: release_migration_secrets is not set, and db1 is in group db. Add these two lines:"
+        )
+        assert (
+            '\n    release_migration_secrets:\n      DATABASE_URL: "{{ database_migration_url }}"\n'
+            in with_server.output
+        )
+
+    def test_without_its_passwords_names_the_vault_once_for_each(self, with_server: Project) -> None:
+        with_server.vault("vault_other: dGhpcyBpcyBub3Q\n")
+        random = "Add it (a random value: openssl rand -hex 24)"
+        assert with_server.preflight() == [
+            (
+                f"{VAULT_FILE}: vault_postgresql_owner_password is not set;"
+                f" release_migration_secrets.DATABASE_URL needs it ({VARS_FILE}:7). {random}{VAULT_EDIT}"
+            ),
+            (
+                f"{VAULT_FILE}: vault_postgresql_password is not set; release_secrets.DATABASE_URL needs it"
+                f" ({VARS_FILE}:5). {random}{VAULT_EDIT}"
+            ),
+        ]
+
+    def test_passwords_are_long_of_ascii_and_not_the_same(self, with_server: Project) -> None:
+        with_server.vault(
+            "vault_postgresql_password: too-short\nvault_postgresql_owner_password: 'pässwörd-pässwörd'\n"
+            "vault_backup_passphrase: short-too\n"
+        )
+        rule = f"must have 16 characters or more, all of them printable ASCII{VAULT_EDIT}"
+        assert with_server.preflight() == [
+            f"{VAULT_FILE}: vault_backup_passphrase {rule}",
+            f"{VAULT_FILE}: vault_postgresql_owner_password {rule}",
+            f"{VAULT_FILE}: vault_postgresql_password {rule}",
+        ]
+        assert "too-short" not in with_server.output
+        same = "YSBwYXNzd29yZA-1"
+        with_server.vault(f"vault_postgresql_password: {same}\nvault_postgresql_owner_password: {same}\n")
+        assert with_server.preflight() == [
+            (
+                f"{VAULT_FILE}: vault_postgresql_owner_password is the application's too, which then could log in"
+                f" as the owner; choose another{VAULT_EDIT}"
+            )
+        ]
+
+    def test_on_a_server_of_ours_is_shared(self, with_server: Project) -> None:
+        with_server.vars(DATABASE_VARS + MIGRATIONS + "release_migrate_each_host: true\n")
+        assert with_server.preflight() == [
+            f"{VARS_FILE}:8: release_migrate_each_host must be false: all servers share the database of db1"
+        ]
+
+    def test_has_no_name_that_postgresql_keeps(self, with_server: Project) -> None:
+        with_server.vars((DATABASE_VARS + MIGRATIONS).replace("app_name: demo", "app_name: pg-demo"))
+        assert with_server.preflight() == [
+            f"{VARS_FILE}:1: app_name 'pg-demo' makes a name that PostgreSQL keeps for itself; choose another"
+        ]
+
+    @pytest.mark.parametrize(
+        ("groups", "problem"),
+        [
+            (
+                "db:\n  hosts: {db1: {}, db2: {}}\n",
+                (
+                    "group db has 2 servers (db1, db2), and can have one: it makes no replicas. Leave one, or use"
+                    " a managed database and none"
+                ),
+            ),
+            (
+                "db:\n  hosts: {db1: {}}\nbackup:\n  hosts: {b1: {}, b2: {}}\n",
+                "group backup has 2 servers (b1, b2), and can have one. Leave one",
+            ),
+            (
+                "backup:\n  hosts: {b1: {}}\n",
+                "b1 is in group backup, and there is no server in group db whose backups it would keep",
+            ),
+            (
+                "db:\n  hosts: {db1: {}}\nbackup:\n  hosts: {db1: {}}\n",
+                "db1 is in groups db and backup. Leave group backup empty, and it keeps its own backups",
+            ),
+        ],
+    )
+    def test_has_one_server_and_one_for_backups(self, with_server: Project, groups: str, problem: str) -> None:
+        with_server.write(HOSTS_FILE, HOSTS + groups)
+        if "db:" not in groups:
+            with_server.vars(DATABASE_VARS)
+            with_server.vault("vault_database_url: postgresql://demo:dGhpcyBpcyBub3Q@db.example/demo\n")
+        (found,) = with_server.preflight()
+        place, _, text = found.partition(": ")
+        assert place.startswith(f"{HOSTS_FILE}:")
+        assert text == problem

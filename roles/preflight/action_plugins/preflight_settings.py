@@ -7,7 +7,8 @@ Arguments:
     roles_apart: roles that have their own playbook, so that their required settings are not asked for here.
     renamed: old name of a setting to its new one.
 
-Returns ``sources``: where each host of the play is defined, as ``file:line``, for messages of later tasks.
+Returns ``sources``: where each host of the play is defined, as ``file:line``, and ``settings_file``: where an operator
+adds a setting; for messages of later tasks.
 Runs once for the play, sees the variables of all its hosts, and opens no connection.
 """
 
@@ -38,8 +39,15 @@ DNS_NAME = re.compile(r"(?=.{1,253}\Z)(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)
 # The application gets an account of its name, which must not be one that the system or Hardstand uses.
 TAKEN_ACCOUNTS = re.compile(
     "root|daemon|bin|sys|sync|games|man|lp|mail|news|uucp|proxy|www-data|backup|list|irc|nobody|sshd|messagebus"
-    "|systemd-.*|nginx|postgres|supervisor|pyenv|git|admin|debian|ubuntu"
+    "|systemd-.*|nginx|postgres|supervisor|pyenv|git|admin|debian|ubuntu|.*-build|.*-migrate"
 )
+
+# Names that PostgreSQL keeps for itself.
+TAKEN_DATABASES = re.compile("pg_.*|template[01]|public|none|all|replication|same(?:user|role|group)|user")
+# A value that comes from the vault, or from what group_vars/all.yml makes of it, is judged there.
+FROM_VAULT = re.compile(r"vault_|\bdatabase_(?:migration_)?url\b")
+SHORTEST_PASSWORD = 16
+DATABASE_SECRETS = ("vault_postgresql_password", "vault_postgresql_owner_password", "vault_backup_passphrase")
 
 # Whole values that nobody means as a secret, and pieces that give a template away wherever they stand.
 PLACEHOLDER = re.compile(
@@ -359,6 +367,7 @@ class Checker:
         arguments = action._task.args
         self.templar, self.loader = action._templar, action._loader
         self.hostvars = task_vars["hostvars"]
+        self.members: Mapping[str, list[str]] = task_vars.get("groups") or {}
         self.hosts = list(task_vars["ansible_play_hosts"])
         self.roles_directory = Path(arguments["roles_directory"])
         self.roles_apart = set(arguments.get("roles_apart") or [])
@@ -376,6 +385,7 @@ class Checker:
             text = f"is not encrypted. Encrypt it: ansible-vault encrypt {shown(file)}"
             self.problems.add(Problem(Place(shown(file)), text))
         defaults = self._role_defaults()
+        self._check_groups()
         for host in self.hosts:
             variables = self.hostvars.raw_get(host)
             self.host, self.groups = host, list(variables.get("group_names", []))
@@ -391,6 +401,8 @@ class Checker:
             for name in sorted(variables):
                 if name.startswith("vault_"):
                     self._check_secret(name, self._evaluate(name, variables[name]))
+            if host in self.members.get("app", []):
+                self._check_database(variables)
         self._report_missing_secrets()
         return sorted(self.problems)
 
@@ -416,7 +428,110 @@ class Checker:
             )
             return
         for name, reason in self.missing_secrets.items():
-            self._report(place, f"{name} is not set; {reason}. Add it: ansible-vault edit {place.path}")
+            hint = " (a random value: openssl rand -hex 24)" if name in DATABASE_SECRETS else ""
+            self._report(place, f"{name} is not set; {reason}. Add it{hint}: ansible-vault edit {place.path}")
+
+    def _check_groups(self) -> None:
+        """Report groups that have too many servers, or too few."""
+        database, backup = self.members.get("db", []), self.members.get("backup", [])
+        if len(database) > 1:
+            text = (
+                f"group db has {len(database)} servers ({', '.join(database)}), and can have one: it makes no replicas."
+                " Leave one, or use a managed database and none"
+            )
+            self._report(self.inventory.source(database[-1]), text)
+        if len(backup) > 1:
+            text = f"group backup has {len(backup)} servers ({', '.join(backup)}), and can have one. Leave one"
+            self._report(self.inventory.source(backup[-1]), text)
+        if backup and not database:
+            text = f"{backup[0]} is in group backup, and there is no server in group db whose backups it would keep"
+            self._report(self.inventory.source(backup[0]), text)
+        elif set(backup) & set(database):
+            text = f"{backup[0]} is in groups db and backup. Leave group backup empty, and it keeps its own backups"
+            self._report(self.inventory.source(backup[0]), text)
+
+    def _quietly(self, raw: object) -> t.Any:
+        """Evaluate a value whose problems are reported elsewhere."""
+        try:
+            return self.engine.template(raw)
+        except AnsibleError:
+            return Later()
+
+    def _check_database(self, variables: Mapping[str, t.Any]) -> None:
+        """Report a database that does not fit the servers, and one that the application is not told of."""
+        database, apps = self.members.get("db", []), self.members.get("app", [])
+        each_host = self._quietly(variables.get("release_migrate_each_host")) is True
+        name, written = "release_secrets", variables.get("release_secrets")
+        if not isinstance(written, Mapping) or "DATABASE_URL" not in written:
+            plain = variables.get("release_env")
+            if isinstance(plain, Mapping) and "DATABASE_URL" in plain:
+                name, written = "release_env", plain
+        raw = written.get("DATABASE_URL") if isinstance(written, Mapping) else None
+        path, value = f"{name}.DATABASE_URL", self._quietly(raw)
+        place = self._place(name, path) if name in variables else self.inventory.settings_file()
+        if not database:
+            if value == "" and re.search(r"\bdatabase_url\b", str(raw)):
+                self.missing_secrets.setdefault("vault_database_url", f"{path} needs it ({place})")
+            elif isinstance(value, str) and value.startswith("sqlite") and len(apps) > 1 and not each_host:
+                text = (
+                    f"{path} is SQLite, a file on one server, and each of {len(apps)} application servers would have"
+                    " data of its own. Use PostgreSQL: a server in group db, or a managed one (vault_database_url)."
+                    " Servers that are to know nothing of each other say release_migrate_each_host: true"
+                )
+                self._report(place, text)
+            return
+
+        if each_host:
+            text = f"release_migrate_each_host must be false: all servers share the database of {database[0]}"
+            self._report(self._place("release_migrate_each_host"), text)
+        for setting, variable in (
+            ("release_secrets", "database_url"),
+            ("release_migration_secrets", "database_migration_url"),
+        ):
+            self._check_url(variables, setting, variable, database[0])
+        if TAKEN_DATABASES.fullmatch(str(variables.get("app_name")).replace("-", "_")):
+            text = (
+                f"app_name {variables.get('app_name')!r} makes a name that PostgreSQL keeps for itself; choose another"
+            )
+            self._report(self._place("app_name"), text)
+        found = {}
+        for secret in DATABASE_SECRETS:
+            found[secret] = value = self._quietly(variables[secret]) if secret in variables else Later()
+            fits = not isinstance(value, str) or (
+                len(value) >= SHORTEST_PASSWORD and value.isascii() and value.isprintable()
+            )
+            if not fits and not is_placeholder(value):
+                text = f"{secret} must have {SHORTEST_PASSWORD} characters or more, all of them printable ASCII"
+                self._report(self._place(secret), f"{text}{self._how_to(secret)}")
+        application, owner = (found[secret] for secret in DATABASE_SECRETS[:2])
+        if isinstance(owner, str) and owner and owner == application:
+            text = "vault_postgresql_owner_password is the application's too, which then could log in as the owner"
+            self._report(self._place(DATABASE_SECRETS[1]), f"{text}; choose another{self._how_to(DATABASE_SECRETS[1])}")
+
+    def _check_url(self, variables: Mapping[str, t.Any], setting: str, variable: str, server: str) -> None:
+        """Report where the application, or its migrations, are not told of the database server."""
+        written = variables.get(setting)
+        if written is not None and not isinstance(written, Mapping):
+            return
+        raw = dict(written or {})
+        wanted, path = (
+            self._quietly(variables.get(variable, "")),
+            f"{setting}.DATABASE_URL",
+        )
+        given = self._quietly(raw["DATABASE_URL"]) if "DATABASE_URL" in raw else None
+        # An application that has another name for it, or takes it apart.
+        elsewhere = "DATABASE_URL" not in raw and re.search(rf"\b{variable}\b", str(raw))
+        if isinstance(given, Later) or isinstance(wanted, Later) or elsewhere or given == wanted:
+            return
+        place = self._place(setting, path) if setting in variables else self.inventory.settings_file()
+        line = f'DATABASE_URL: "{{{{ {variable} }}}}"'
+        if setting in variables:
+            text = f"{path} must be the database of {server}, which is in group db: put {line} below {setting}"
+        else:
+            text = (
+                f"{setting} is not set, and {server} is in group db. Add these two lines:\n    {setting}:\n      {line}"
+            )
+        self._report(place, text)
 
     def _report(self, place: Place, text: str) -> None:
         self.problems.add(Problem(place, text))
@@ -488,7 +603,7 @@ class Checker:
         value = self._evaluate(name, raw)
         if isinstance(value, Later):
             return
-        secret = bool(option.spec.get("no_log") or SECRET_NAME.search(name) or "vault_" in str(raw))
+        secret = bool(option.spec.get("no_log") or SECRET_NAME.search(name) or FROM_VAULT.search(str(raw)))
         loose = name in self.extra_vars or "{{" in str(raw)
         if problem := type_problem(name, value, option.spec, loose, secret):
             self._report(self._place(name), problem)
@@ -522,7 +637,8 @@ class Checker:
         written = dict(leaves(raw, name))
         for path, leaf in leaves(value, name):
             # A value that is a vault's is reported there, once.
-            if "vault_" not in str(written.get(path, "")) and not isinstance(leaf, Later) and is_placeholder(leaf):
+            judged_there = FROM_VAULT.search(str(written.get(path, "")))
+            if not judged_there and not isinstance(leaf, Later) and is_placeholder(leaf):
                 state = "empty" if leaf is None or not str(leaf).strip() else "a placeholder"
                 self._report(
                     self._place(name, path), f"{path} is {state}; put the real secret there{self._how_to(name)}"
@@ -548,7 +664,7 @@ class Checker:
         except AnsibleUndefinedVariable as error:
             self._report_undefined(name, raw, path, str(error))
         except AnsibleError as error:
-            hidden = SECRET_NAME.search(name) or "vault_" in str(raw)
+            hidden = SECRET_NAME.search(name) or FROM_VAULT.search(str(raw))
             reason = "" if hidden else f": {str(error).splitlines()[0]}"
             self._report(self._place(name, path), f"{path} cannot be evaluated{reason}")
         return Later()
@@ -578,7 +694,8 @@ class ActionModule(ActionBase):
         checker = Checker(self, task_vars or {})
         problems = checker.check()
         if not problems:
-            return {"changed": False, "sources": {host: str(checker.inventory.source(host)) for host in checker.hosts}}
+            sources = {host: str(checker.inventory.source(host)) for host in checker.hosts}
+            return {"changed": False, "sources": sources, "settings_file": str(checker.inventory.settings_file())}
         title = "One setting is wrong" if len(problems) == 1 else f"{len(problems)} settings are wrong"
         lines = [f"{title}. Nothing has been changed.", *(f"  {problem.place}: {problem.text}" for problem in problems)]
         return {"failed": True, "changed": False, "msg": "\n".join(lines)}
