@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
-from sqlalchemy import Connection, NullPool, event
+from sqlalchemy import Connection, ExceptionContext, NullPool, event
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 
 from app.settings import Settings
 
-# Seconds. All well below the 60 that a request may take: a client gets an answer and not a closed connection.
-_CONNECT_TIMEOUT = 5
-_STATEMENT_TIMEOUT = 30
-_POOL_TIMEOUT = 10
+_log = logging.getLogger(__name__)
 
-# Classes of SQLSTATE, for which SQLAlchemy has no class of its own: lost connection, refused login, no such database,
-# no resources left, stopped by an operator. https://www.postgresql.org/docs/current/errcodes-appendix.html
-_UNAVAILABLE = ("08", "28", "3D", "53", "57")
+# Seconds. Well below the 60 that a request may take, with the other limits in the settings: a client gets an answer and
+# not a closed connection.
+_CONNECT_TIMEOUT = 5
+# Seconds to say goodbye to a database that may be gone.
+_CLOSE_TIMEOUT = 3
+
+# SQLSTATEs, or classes of them, for which SQLAlchemy has no class of its own: lost connection, ended for being idle,
+# refused login, no such database, no resources left, stopped by an operator; and of a transaction that succeeds when
+# tried again: two that were in each other's way, a lock that was not granted in time.
+# https://www.postgresql.org/docs/current/errcodes-appendix.html
+_UNAVAILABLE = ("08", "25P", "28", "3D", "40", "53", "55P03", "57")
+
+# A server that has become a standby goes on answering, but takes no rows.
+_READ_ONLY = "25006"
 
 # Methods that only read, and so do not have to wait for SQLite's one write lock.
 _READING_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -37,9 +47,12 @@ class Database:
     def __init__(self, settings: Settings) -> None:
         self.engine = make_engine(
             settings,
+            # Never more: preflight has counted them against what the server allows.
             pool_size=settings.database_pool_size,
             max_overflow=0,
-            pool_timeout=_POOL_TIMEOUT,
+            pool_timeout=settings.database_pool_timeout,
+            pool_recycle=settings.database_pool_recycle,
+            # A restart of the database between two requests goes unnoticed.
             pool_pre_ping=True,
         )
         self._read = async_sessionmaker(self.engine, expire_on_commit=False)
@@ -58,8 +71,12 @@ class Database:
                 yield session
 
     async def close(self) -> None:
-        """Close all connections."""
-        await self.engine.dispose()
+        """Close all connections. Ends in seconds, whether or not the database is still there to hear of it."""
+        try:
+            async with asyncio.timeout(_CLOSE_TIMEOUT):
+                await self.engine.dispose()
+        except (TimeoutError, OSError, DBAPIError) as error:
+            _log.warning("the database's connections could not be closed in order (%s)", type(error).__name__)
 
 
 def make_engine(settings: Settings, *, for_migrations: bool = False, **options: Any) -> AsyncEngine:
@@ -80,7 +97,7 @@ def make_engine(settings: Settings, *, for_migrations: bool = False, **options: 
         name = "migrations" if for_migrations else settings.hardstand_slot
         connect_args.setdefault("server_settings", {"application_name": f"{settings.hardstand_release} {name}"})
         if not for_migrations:
-            connect_args["command_timeout"] = _STATEMENT_TIMEOUT
+            connect_args["command_timeout"] = settings.database_statement_timeout
     engine = create_async_engine(
         target.url,
         connect_args=connect_args,
@@ -90,12 +107,20 @@ def make_engine(settings: Settings, *, for_migrations: bool = False, **options: 
     )
     if target.is_sqlite:
         _configure_sqlite(engine, lock_timeout=settings.database_lock_timeout, foreign_keys=not for_migrations)
+    else:
+        event.listen(engine.sync_engine, "handle_error", _leave_standby)
     return engine
 
 
 def writing(engine: AsyncEngine) -> AsyncEngine:
     """The same engine and pool, for transactions that write."""
     return engine.execution_options(sqlite_begin="BEGIN IMMEDIATE")
+
+
+def _leave_standby(context: ExceptionContext) -> None:
+    """After a failover, give up the connections to the server that no longer takes rows: the next ones find the new."""
+    if getattr(context.original_exception, "sqlstate", None) == _READ_ONLY:
+        context.is_disconnect = True
 
 
 def _configure_sqlite(engine: AsyncEngine, *, lock_timeout: int, foreign_keys: bool) -> None:

@@ -59,6 +59,18 @@ class Settings(BaseSettings):
     database_pool_size: int = Field(
         default=5, ge=1, le=100, description="Connections that each worker process may hold open; no more than these."
     )
+    database_pool_timeout: int = Field(
+        default=10, ge=1, le=60, description="Seconds that a request waits for one of these; then it is answered 503."
+    )
+    database_pool_recycle: int = Field(
+        default=1800,
+        ge=10,
+        le=86400,
+        description="Seconds after which a connection is replaced; fewer than a firewall leaves an idle one open.",
+    )
+    database_statement_timeout: int = Field(
+        default=30, ge=1, le=3600, description="Seconds that a statement may take (PostgreSQL); not one of a migration."
+    )
     database_lock_timeout: int = Field(
         default=5,
         ge=1,

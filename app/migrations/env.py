@@ -4,7 +4,8 @@
   read until all is done. Whoever comes second finds nothing left to do.
 - All or nothing: on both databases every migration of a run is in one transaction.
 - No queue behind us: a migration that has to wait for a table makes all later queries wait behind it. It gives up
-  after DATABASE_LOCK_TIMEOUT seconds instead.
+  after DATABASE_LOCK_TIMEOUT seconds instead, and says who is in the way.
+- No ghosts: PostgreSQL ends what a migration is doing soon after the migration's process has been killed.
 - A database that is ahead of this code, because an older release is deployed again, is left as it is.
 """
 
@@ -13,7 +14,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from contextlib import AsyncExitStack, suppress
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from logging.config import fileConfig
 from typing import Any, Literal
 
@@ -22,7 +24,7 @@ from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from app.database import DatabaseUnavailableError, make_engine, unavailable, writing
 from app.models import Base, UtcDateTime
@@ -35,6 +37,14 @@ log = logging.getLogger("app.migrations")
 ADVISORY_LOCK = 4_815_162_342
 # Seconds. A migration may take long; one that waits for it should see the end.
 ADVISORY_LOCK_WAIT = 600
+
+# Who keeps a process from going on. Of other accounts' sessions PostgreSQL shows the times only to members of
+# pg_read_all_stats, and of nobody's is the query asked for, which may hold what people wrote.
+BLOCKERS = """
+SELECT pid, usename, application_name, backend_type, state,
+       round(extract(epoch FROM clock_timestamp() - xact_start)) AS seconds
+FROM pg_stat_activity WHERE pid = ANY (pg_blocking_pids(:pid)) ORDER BY xact_start NULLS LAST LIMIT 5
+"""
 
 
 def run() -> None:
@@ -65,15 +75,20 @@ async def migrate(settings: Settings) -> None:
     take a `%` in a password for its own.
 
     Raises:
-        CommandError: the database is not there, or somebody else holds a lock for too long.
+        CommandError: the database is not there, refuses a statement, or somebody else holds a lock for too long.
     """
     engine = make_engine(settings, for_migrations=True)
+    blockers: list[str] = []
     try:
         async with AsyncExitStack() as stack:
             with unavailable():
                 connection = await stack.enter_async_context(writing(engine).connect())
             if not settings.database.is_sqlite:
                 await prepare_postgresql(connection, settings)
+                if destination() is not None:
+                    pid = await connection.scalar(text("SELECT pg_backend_pid()"))
+                    await connection.commit()
+                    await stack.enter_async_context(watching(engine, pid, blockers))
             await connection.run_sync(run_command, settings)
     except DatabaseUnavailableError as error:
         # aiosqlite's thread reports to this loop once more when it could not open the file, and fails with a
@@ -83,11 +98,17 @@ async def migrate(settings: Settings) -> None:
         raise CommandError(msg) from None
     except DBAPIError as error:
         if not isinstance(error.orig, Exception) or not is_lock_timeout(error.orig):
-            raise
+            # One line of it: the second may hold what people wrote.
+            reason = str(error.orig).partition("\n")[0]
+            msg = f"the database refuses a statement: {reason}\nThe statement: {error.statement}"
+            raise CommandError(msg) from None
         msg = (
             f"a lock was not granted within {settings.database_lock_timeout} s (DATABASE_LOCK_TIMEOUT), because "
             f"something else uses the database; nothing was changed, so try again. The statement: {error.statement}"
         )
+        if blockers:
+            msg += "\n".join(["\nIn its way:", *blockers])
+            msg += "\nWait for it to end, or end it: SELECT pg_terminate_backend(<process>)"
         raise CommandError(msg) from None
     finally:
         await engine.dispose()
@@ -101,6 +122,10 @@ async def prepare_postgresql(connection: AsyncConnection, settings: Settings) ->
     """
     timeout = text("SELECT set_config('lock_timeout', :value, false)")
     await connection.execute(timeout, {"value": f"{settings.database_lock_timeout}s"})
+    await connection.commit()
+    # Otherwise the server would notice that nobody listens only when it has something to say, at a statement's end.
+    with suppress(DBAPIError):  # older than 14, or on a system that cannot look
+        await connection.execute(text("SELECT set_config('client_connection_check_interval', '5s', false)"))
     await connection.commit()
     if destination() is None:
         return
@@ -116,6 +141,44 @@ async def prepare_postgresql(connection: AsyncConnection, settings: Settings) ->
             waiting = True
         await asyncio.sleep(0.2)
     await connection.commit()
+
+
+@asynccontextmanager
+async def watching(engine: AsyncEngine, pid: int, blockers: list[str]) -> AsyncIterator[None]:
+    """Note who is in the way of the migration, for as long as it runs: once it has given up, nobody is any more.
+
+    Args:
+        engine: for a connection beside the migration's.
+        pid: the migration's process in PostgreSQL.
+        blockers: is given a line for each that was in the way last.
+    """
+    watcher = asyncio.create_task(watch(engine, pid, blockers))
+    try:
+        yield
+    finally:
+        watcher.cancel()
+        await asyncio.wait([watcher], timeout=5)
+
+
+async def watch(engine: AsyncEngine, pid: int, blockers: list[str]) -> None:
+    """See `watching`."""
+    # Whatever is wrong with this connection, it is not what ends a migration.
+    with suppress(DBAPIError, OSError):
+        async with engine.connect() as connection:
+            while True:
+                rows = (await connection.execute(text(BLOCKERS), {"pid": pid})).all()
+                await connection.rollback()
+                if rows:
+                    blockers[:] = [describe_blocker(*row) for row in rows]
+                await asyncio.sleep(0.3)
+
+
+def describe_blocker(pid: int, user: str | None, name: str, kind: str, state: str | None, seconds: Any) -> str:
+    """One line about a session that is in the way."""
+    parts = [f"process {pid}", f"application {name!r}" if name else "", f"user {user}" if user else ""]
+    parts += [kind if kind and kind != "client backend" else "", state or ""]
+    parts += [f"in a transaction for {int(seconds)} s" if seconds is not None else ""]
+    return "  " + ", ".join(part for part in parts if part)
 
 
 def run_command(connection: Connection, settings: Settings) -> None:

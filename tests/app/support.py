@@ -147,8 +147,9 @@ class PostgreSQL:
         log = str(self.directory / "log")
         self._program("pg_ctl", "start", "-w", "-D", str(self.directory / "data"), "-l", log, "-o", options)
 
-    def stop(self) -> None:
-        self._program("pg_ctl", "stop", "-w", "-m", "immediate", "-D", str(self.directory / "data"))
+    def stop(self, mode: str = "immediate") -> None:
+        """Stop it: `fast` says goodbye to clients, `immediate` is as a crash."""
+        self._program("pg_ctl", "stop", "-w", "-m", mode, "-D", str(self.directory / "data"))
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -164,8 +165,8 @@ class PostgreSQL:
             for pid in pids:
                 os.kill(pid, signal.SIGCONT)
 
-    def url(self, database: str, scheme: str = "postgresql") -> str:
-        return f"{scheme}://app:{quote(DATABASE_PASSWORD, safe='')}@/{database}?host={self.directory}"
+    def url(self, database: str, scheme: str = "postgresql", user: str = "app") -> str:
+        return f"{scheme}://{user}:{quote(DATABASE_PASSWORD, safe='')}@/{database}?host={self.directory}"
 
     def create_database(self, template: str = "template1") -> str:
         """Make a database and return its name."""
@@ -174,14 +175,22 @@ class PostgreSQL:
         self.execute("postgres", f"CREATE DATABASE {name} TEMPLATE {template}")
         return name
 
-    async def connect(self, database: str) -> asyncpg.Connection:
-        return await asyncpg.connect(
-            host=str(self.directory), user="app", password=DATABASE_PASSWORD, database=database
-        )
+    async def connect(self, database: str, user: str = "app") -> asyncpg.Connection:
+        return await asyncpg.connect(host=str(self.directory), user=user, password=DATABASE_PASSWORD, database=database)
 
-    def execute(self, database: str, *statements: str) -> None:
-        async def work() -> None:
+    def fetch(self, database: str, query: str) -> list[tuple[Any, ...]]:
+        async def work() -> list[tuple[Any, ...]]:
             connection = await self.connect(database)
+            try:
+                return [tuple(row) for row in await connection.fetch(query)]
+            finally:
+                await connection.close()
+
+        return asyncio.run(work())
+
+    def execute(self, database: str, *statements: str, user: str = "app") -> None:
+        async def work() -> None:
+            connection = await self.connect(database, user)
             try:
                 for statement in statements:
                     await connection.execute(statement)

@@ -16,7 +16,7 @@ from alembic.script import ScriptDirectory
 
 from app.schema_version import MIGRATIONS, required_revisions
 from tests.app.conftest import MakeClient
-from tests.app.support import DATABASE_PASSWORD, SECRET_KEY, PostgreSQL, alembic, environment
+from tests.app.support import DATABASE_PASSWORD, SECRET_KEY, PostgreSQL, alembic, environment, eventually
 
 REVISION = """\
 from alembic import op
@@ -104,7 +104,9 @@ def test_failed_migration_leaves_nothing(project: Path, tmp_path: Path, database
     add_revision(broken, "bad", 'op.execute("SELECT no_such_function()")', follows="good")
     result = alembic(broken, database_url, "upgrade", "head")
     assert result.returncode != 0
-    assert "no_such_function" in result.stderr
+    assert "the database refuses a statement: " in result.stderr
+    assert "The statement: SELECT no_such_function()" in result.stderr
+    assert "Traceback" not in result.stderr
     assert f"{HEAD} (head)" in alembic(project, database_url, "current").stdout
     assert alembic(project, database_url, "check").returncode == 0
 
@@ -171,13 +173,20 @@ def test_migration_does_not_queue_for_a_table(
 
     async def migrate_beside_a_reader() -> subprocess.CompletedProcess[str]:
         connection = await postgresql.connect(name)
+        await connection.execute("SET application_name = 'a1b2-c3 blue'")
         async with connection.transaction():
-            await connection.execute("SELECT * FROM posts")
+            await connection.execute("SELECT 'hunter2' FROM posts")
             url = postgresql.url(name)
             begin = time.monotonic()
             result = await asyncio.to_thread(alembic, changed, url, "upgrade", "head", DATABASE_LOCK_TIMEOUT="1")
             assert time.monotonic() - begin < 10
+            process = connection.get_server_pid()
         await connection.close()
+        in_the_way = (
+            f"process {process}, application 'a1b2-c3 blue', user app, idle in transaction, in a transaction for"
+        )
+        assert in_the_way in result.stderr
+        assert "hunter2" not in result.stderr, "what it asked for"
         return result
 
     result = asyncio.run(migrate_beside_a_reader())
@@ -185,6 +194,23 @@ def test_migration_does_not_queue_for_a_table(
     assert "a lock was not granted within 1 s (DATABASE_LOCK_TIMEOUT)" in result.stderr + result.stdout
     assert "Traceback" not in result.stderr
     upgrade(changed, postgresql.url(name))
+
+
+def test_what_a_killed_migration_was_doing_ends(
+    project: Path, tmp_path: Path, postgresql: PostgreSQL, migrated_postgresql: str
+) -> None:
+    """Its locks would keep the release that serves away from the table."""
+    url = postgresql.url(postgresql.create_database(template=migrated_postgresql))
+    slow = fork(project, tmp_path)
+    add_revision(slow, "slow", 'op.execute("LOCK TABLE posts"); op.execute("SELECT pg_sleep(300)")')
+    command = [sys.executable, "-m", "alembic", "-c", "app/alembic.ini", "upgrade", "head"]
+    env = environment(DATABASE_URL=url, SECRET_KEY=SECRET_KEY)
+    process = subprocess.Popen(command, cwd=slow, env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    count = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'SELECT pg_sleep(300)%' AND state = 'active'"
+    eventually(lambda: postgresql.fetch("postgres", count) == [(1,)], "it sleeps")
+    process.kill()
+    process.communicate()
+    eventually(lambda: postgresql.fetch("postgres", count) == [(0,)], "PostgreSQL has noticed", seconds=10)
 
 
 def test_sqlite_migration_waits_for_a_writer(project: Path, tmp_path: Path, sqlite_url: str) -> None:

@@ -349,14 +349,14 @@ class Mask:
         self._words = sorted((w for w in words if len(w) >= self.SHORTEST), key=len, reverse=True)
 
     @classmethod
-    def of_release(cls, directory: Path) -> Mask:
-        """Return the mask for a finished release, from its own .env."""
+    def of_release(cls, directory: Path, more: t.Iterable[str] = ()) -> Mask:
+        """Return the mask for a finished release, from its own .env, and for `more` secrets."""
         try:
             names = json.loads((directory / "release.json").read_text(encoding="utf-8"))["secret_names"]
             values = parse_dotenv((directory / ".env").read_text(encoding="utf-8"))
         except FileNotFoundError:
-            return cls([])
-        return cls(values[name] for name in names if name in values)
+            return cls(more)
+        return cls([*(values[name] for name in names if name in values), *more])
 
     def __call__(self, text: str) -> str:
         """Return a text without the secrets, also where they stand quoted as JSON or Python would."""
