@@ -29,6 +29,13 @@ from ansible.plugins.action import ActionBase
 # Knows whether the process that holds a lock is still there, when it ran on this machine.
 PREFLIGHT = Path(__file__).resolve().parents[2] / "preflight" / "action_plugins" / "preflight_host.py"
 
+# Share of PostgreSQL's connections from which on they are about to run out.
+CONNECTIONS_USED = 0.9
+
+# How long backups are new, so that there need not be one; and how long a look at them may be ago.
+NEW = timedelta(hours=1)
+UNSEEN = timedelta(hours=1)
+
 # Characters in a line. A wider terminal gives more room to the commit's subject.
 WIDTH = 120
 
@@ -87,7 +94,7 @@ SUBJECT = COLUMNS.index("subject")
 def health(status: Facts) -> str:
     """Return a host's health in a word."""
     application, answer = status["app"], status["answer"]
-    if status["nginx"] != "active":
+    if status["nginx"] not in (None, "active") or (status["database"] and status["database"]["problem"]):
         return "down"
     if application and not application["healthy"]:
         code = application["health"].partition(" ")[0]
@@ -105,12 +112,7 @@ def row(host: str, status: Facts | None, now: datetime) -> list[str]:
     application = status["app"] or {}
     days, disk, last = certificate_days(status), tightest(status["disks"]), status["last_deploy"] or {}
     deployed = f"{str(last['outcome']).partition(':')[0]} {when(last['when'], now)}" if last else "-"
-    if status["app"] is None:
-        members = status["pool"] or {}
-        serving = sum(not member["drained"] for member in members.values())
-        release, subject = "(balancer)", f"{serving} of {len(members)} members"
-    else:
-        release, subject = application["release"] or "none", application["subject"]
+    release, subject = purpose(status)
     wanted = application.get("workers_wanted")
     return [
         host,
@@ -125,6 +127,50 @@ def row(host: str, status: Facts | None, now: datetime) -> list[str]:
         deployed,
         str(last.get("who") or "-"),
     ]
+
+
+def purpose(status: Facts) -> tuple[str, str]:
+    """Return what a host is for, and a word on that: its release and the commit's subject, if it has one."""
+    if status["app"] is not None:
+        return status["app"]["release"] or "none", status["app"]["subject"]
+    if status["nginx"] is not None:
+        members = status["pool"] or {}
+        serving = sum(not member["drained"] for member in members.values())
+        return "(balancer)", f"{serving} of {len(members)} members"
+    if status["database"] is not None:
+        return "(database)", f"PostgreSQL {status['database']['version'] or '?'}"
+    return "(backup)", ""
+
+
+def people_bytes(count: float) -> str:
+    """Return a number of bytes as people read it."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if count >= 10 or unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def data_line(host: str, status: Facts, now: datetime) -> str:
+    """Return a line on a host's database and backups; empty when it has neither."""
+    parts = []
+    if (database := status["database"]) and not database["problem"]:
+        parts.append(f"PostgreSQL {database['version']}")
+        parts.append(f"{database['connections']} of {database['max_connections']} connections")
+    backup = status["backup"] or {}
+    if last := backup.get("last_success"):
+        size = f", of a database of {people_bytes(last['size'])}" if last.get("size") else ""
+        what = f"{last['type']} backup {when(last['ended'], now)}, {people_bytes(last['bytes'])}{size}"
+        parts.append(f"{what} in {backup['repository']}")
+    elif backup.get("runs_backups"):
+        parts.append(f"no backup yet in {backup['repository']}")
+    if archive := backup.get("archive"):
+        parts.append(f"WAL archived {when(archive['last_archived'], now)}")
+    if tried := backup.get("restore_check"):
+        parts.append(f"restore tried {when(tried['ended'], now)}: {'ok' if tried['ok'] else 'failed'}")
+    if status["backup_note"]:
+        parts.append(status["backup_note"])
+    return f"{host}: {'; '.join(parts)}" if parts else ""
 
 
 def cut(text: str, width: int) -> str:
@@ -186,10 +232,12 @@ class Fleet:
             *together(self.unreachable.items()),
             *self.releases(),
             *together((host, text) for host, status in self.statuses.items() for text in self.service(status)),
+            *together((host, text) for host, status in self.statuses.items() for text in self.database(status)),
             *self.pools(),
             *self.maintenance(),
             *self.locks(is_dead),
             *self.last_deploys(),
+            *together((host, text) for host, status in self.statuses.items() for text in self.backups(status)),
             *together((host, text) for host, status in self.statuses.items() for text in self.resources(status)),
         ]
 
@@ -206,7 +254,7 @@ class Fleet:
     def service(self, status: Facts) -> Iterator[str]:
         """Yield what keeps a host from serving as it should."""
         application, answer = status["app"], status["answer"]
-        if status["nginx"] != "active":
+        if status["nginx"] not in (None, "active"):
             yield f"nginx is {status['nginx']}; see `systemctl status nginx` there"
         if application and not application["healthy"]:
             state = (
@@ -229,6 +277,60 @@ class Fleet:
                 f"a deploy of {pending['to']}{who} was cut off half-way; playbooks/recover.yml puts the fleet back on"
                 " one release"
             )
+
+    def database(self, status: Facts) -> Iterator[str]:
+        """Yield what is wrong with a host's PostgreSQL."""
+        found = status["database"]
+        if not found:
+            return
+        if found["problem"]:
+            yield f"PostgreSQL does not answer: {found['problem']}"
+            return
+        if found["connections"] >= CONNECTIONS_USED * found["max_connections"]:
+            yield f"{found['connections']} of PostgreSQL's {found['max_connections']} connections are in use"
+        if found["pending_restart"]:
+            yield (
+                f"PostgreSQL needs a restart to use what is configured for {', '.join(found['pending_restart'])}:"
+                " deploy with -e postgresql_restart=true at a quiet time"
+            )
+
+    def backups(self, status: Facts) -> Iterator[str]:
+        """Yield what is wrong with the backups that a host makes, or that are made of it."""
+        backup, now = status["backup"], moment(status["time"])
+        if backup is not None and now is not None:
+            if not backup:
+                yield "has no backups yet; deploy.yml sets them up"
+            else:
+                yield from self.backup(backup, now)
+        for path in status["kept"]:
+            name = "beside" if path.endswith("-beside") else path.rpartition("/")[2]
+            yield f"keeps what a restore has left in {path}; remove it: playbooks/restore.yml -e restore_discard={name}"
+
+    @staticmethod
+    def backup(backup: Facts, now: datetime) -> Iterator[str]:
+        """Yield what is wrong with backups, by the state file of the program that makes them."""
+        last, success, check, tried = (backup.get(part) for part in ("last", "last_success", "check", "restore_check"))
+        told = ""
+        new = now - (moment(backup.get("created")) or now) < NEW
+        if last and not last["ok"]:
+            told = last["message"]
+            yield f"the last backup, at {last['ended']}, failed: {told}"
+        elif backup.get("runs_backups") and not success and not new:
+            yield "there is no backup yet; make one: playbooks/backup.yml"
+        if backup.get("runs_backups") and success:
+            age = now - (moment(success["ended"]) or now)
+            if age > timedelta(hours=backup["max_age_hours"]):
+                yield (
+                    f"the newest backup is of {success['ended']}, and should not be older than"
+                    f" {backup['max_age_hours']} hours"
+                )
+        if check and not check["ok"] and check["message"] not in told:
+            yield f"backups: {check['message']} (seen at {check['time']})"
+        if (not check and not new) or (check and now - (moment(check["time"]) or now) > UNSEEN):
+            since = f" since {check['time']}" if check else ""
+            yield f"nothing has looked after the backups{since}; see `systemctl list-timers 'hardstand-*'` there"
+        if tried and not tried["ok"]:
+            yield f"the last restore check, at {tried['ended']}, failed: {tried['message']}"
 
     def resources(self, status: Facts) -> Iterator[str]:
         """Yield what is about to run out on a host."""
@@ -335,6 +437,8 @@ class ActionModule(ActionBase):
             rows = [row(host, fleet.statuses.get(host), now) for host in fleet.hosts]
             width = max(WIDTH, getattr(self._display, "columns", 0))
             lines = ["", f"{now:%Y-%m-%d %H:%M} UTC", "", table(rows, width), ""]
+            data = [data_line(host, status, now) for host, status in fleet.statuses.items()]
+            lines += [*filter(None, data), ""] if any(data) else []
             lines += [f"! {problem}" for problem in problems] or ["All is well."]
             self._display.display("\n".join(lines))
         if problems and arguments["fail"]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
@@ -29,8 +30,9 @@ DOCUMENTATION = r"""
 module: status_host
 short_description: Tell what serves on a host, how well, and what is about to end
 description:
-  - Gathers release, workers, health, certificates, disks, the last deploy, the deploy lock, and on load balancers the
-    pool. Changes nothing, takes no lock, and does not fail over what it finds.
+  - Gathers release, workers, health, certificates, disks, the last deploy, the deploy lock, on load balancers the pool,
+    and what there is to know of PostgreSQL and of backups. Changes nothing, takes no lock, and does not fail over what it
+    finds.
 options:
   app: {description: Name of the application., type: str, required: true}
   root: {description: Directory of the application on this host., type: path, required: true}
@@ -41,6 +43,10 @@ options:
   lock_file: {description: The deploy lock., type: path, required: true}
   maintenance_file: {description: It is there while maintenance is on., type: path, default: ""}
   pool_file: {description: The load balancer's pool., type: path, default: ""}
+  database_port: {description: Port of the PostgreSQL on this host; 0 when there is none., type: int, default: 0}
+  backup_file: {description: What is known here of the backups. Empty - there are none., type: path, default: ""}
+  backup_note: {description: Why there are no backups here., type: str, default: ""}
+  kept: {description: Patterns of what restores leave here., type: list, elements: path, default: []}
   url:
     description: What to ask nginx for here, to learn whether clients get an answer. Without it nothing is asked.
     type: dict
@@ -257,6 +263,46 @@ def maintenance(path: str) -> str | None:
         return None
 
 
+# What an operator wants to know of PostgreSQL.
+DATABASE = """
+SELECT json_build_object(
+    'version', current_setting('server_version'),
+    'connections', (SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'),
+    'max_connections', current_setting('max_connections')::int,
+    'pending_restart', (SELECT coalesce(json_agg(name ORDER BY name), '[]') FROM pg_settings WHERE pending_restart))
+"""
+
+
+def database(port: int) -> dict[str, t.Any]:
+    """Return what PostgreSQL says of itself; `problem` says why it does not answer."""
+    command = ["runuser", "--user", "postgres", "--", "psql", "--no-psqlrc", "--no-align", "--tuples-only", "--quiet"]
+    command += [f"--port={port}", "--set=ON_ERROR_STOP=1", "--dbname=postgres"]
+    try:
+        asked = subprocess.run(  # noqa: S603
+            command,
+            input=DATABASE,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=20,
+            cwd="/",
+            env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8", "PGCONNECT_TIMEOUT": "5"},
+        )
+        if asked.returncode == 0:
+            return {**json.loads(asked.stdout), "problem": ""}
+        said = asked.stderr
+    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+        said = str(error)
+    found = dict.fromkeys(("version", "connections", "max_connections"))
+    return {**found, "pending_restart": [], "problem": " ".join(said.partition("\tIs the server running")[0].split())}
+
+
+def kept(patterns: t.Iterable[str]) -> list[str]:
+    """Return what there is that fits the patterns, without the files that SQLite has beside its own."""
+    found = (path for pattern in patterns for path in glob.glob(pattern))  # noqa: PTH207 - pathlib wants a root apart
+    return sorted(path for path in found if not path.endswith(("-wal", "-shm")))
+
+
 def nginx_state() -> str:
     """Return what systemd says of nginx, such as `active`, `failed` or `inactive`."""
     try:
@@ -303,12 +349,17 @@ def status_of(p: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
         "app": application.status() if p["runs_app"] else None,
         "last_deploy": application.last_deploy() if p["runs_app"] else None,
         "pool": (pool or {}).get("members") if p["balances"] else None,
-        "nginx": nginx_state(),
+        "nginx": nginx_state() if p["runs_app"] or p["balances"] else None,
         "answer": ask_nginx(p["url"], 2 * p["timeout"]) if p["url"] else None,
         "certificates": [certificate(Path(path)) for path in p["certificates"]],
         "disks": disks(p["directories"]),
         "lock": lock(Path(p["lock_file"])),
         "maintenance": maintenance(p["maintenance_file"]),
+        "database": database(p["database_port"]) if p["database_port"] else None,
+        # Empty where there should be one and is not.
+        "backup": (read_json(Path(p["backup_file"])) or {}) if p["backup_file"] else None,
+        "backup_note": p["backup_note"],
+        "kept": kept(p["kept"]),
     }
 
 
@@ -325,6 +376,10 @@ def main() -> None:
             "lock_file": {"type": "path", "required": True},
             "maintenance_file": {"type": "path", "default": ""},
             "pool_file": {"type": "path", "default": ""},
+            "database_port": {"type": "int", "default": 0},
+            "backup_file": {"type": "path", "default": ""},
+            "backup_note": {"type": "str", "default": ""},
+            "kept": {"type": "list", "elements": "path", "default": []},
             "url": {
                 "type": "dict",
                 "options": {

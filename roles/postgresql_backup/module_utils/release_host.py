@@ -1,0 +1,1 @@
+../../release/module_utils/release_host.py

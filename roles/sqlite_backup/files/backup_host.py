@@ -1,0 +1,1 @@
+../../postgresql_backup/files/backup_host.py

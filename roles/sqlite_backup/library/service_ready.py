@@ -1,0 +1,1 @@
+../../postgresql_backup/library/service_ready.py
