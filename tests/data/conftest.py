@@ -1,0 +1,27 @@
+"""The environments of Molecule's scenario `data`. Run by `molecule verify`, which says where their servers are."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.data.site import Site, make_sites
+from tests.harness import Repository
+
+
+@pytest.fixture(scope="session")
+def sites(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Site]:
+    """Both environments, deployed to: one by Molecule, the other one here."""
+    made = make_sites(tmp_path_factory.mktemp("inventories"))
+    made["debian12"].expect("deploy.yml")
+    return made
+
+
+@pytest.fixture(scope="session", params=["debian13", "debian12"])
+def site(request: pytest.FixtureRequest, sites: dict[str, Site]) -> Site:
+    return sites[request.param]
+
+
+@pytest.fixture
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Repository:
+    """What is deployed: this project, to commit to."""
+    return Repository(tmp_path_factory.mktemp("developer") / "repository")
