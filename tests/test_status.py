@@ -125,6 +125,22 @@ class TestModule:
         assert (status["last_deploy"], status["lock"], status["maintenance"], status["pool"]) == (None,) * 4
         assert status["answer"] is None
 
+    def test_data(self, host: Host) -> None:
+        """Nothing answers on port 1, and nothing that a restore has left is missed."""
+        status = host.ask()
+        assert (status["database"], status["backup"], status["kept"]) == (None, None, [])
+        for name in ("main", "main.before-1", "main.before-2", "main.before-2-wal"):
+            (host.directory / "postgresql" / "17" / name).mkdir(parents=True)
+        state = host.directory / "state.json"
+        pattern = str(host.directory / "postgresql" / "*" / "main.before-*")
+        status = host.ask(database_port=1, backup_file=str(state), kept=[pattern])
+        assert status["database"]["problem"]
+        assert status["database"]["pending_restart"] == []
+        assert status["backup"] == {}
+        assert [Path(path).name for path in status["kept"]] == ["main.before-1", "main.before-2"]
+        state.write_text('{"last": null}')
+        assert host.ask(backup_file=str(state))["backup"] == {"last": None}
+
     def test_the_release_and_the_last_deploy(self, host: Host) -> None:
         host.release()
         os.utime(host.root / "current", (1_700_000_000, 1_700_000_000), follow_symlinks=False)
@@ -344,6 +360,11 @@ def app_status(**changes: Any) -> dict[str, Any]:
         "disks": [{"directories": ["/"], "free_mb": 12_345, "free_percent": 61, "inodes_percent": 90}],
         "lock": None,
         "maintenance": None,
+        "database": None,
+        "backup": None,
+        "backup_note": "",
+        "kept": [],
+        "time": "2026-11-24T14:30:00Z",
     }
     application = changes.pop("app", {})
     return {**status, **changes, "app": {**status["app"], **application}}
@@ -357,6 +378,65 @@ def lb_status(**changes: Any) -> dict[str, Any]:
     }
     answer = {"ok": True, "said": "200 OK"}
     return {**app_status(), "app": None, "last_deploy": None, "pool": members, "answer": answer, **changes}
+
+
+def db_status(**changes: Any) -> dict[str, Any]:
+    """Return what the module finds on a database server that makes its own backups, and on which all is well."""
+    database = {
+        "version": "17.6",
+        "connections": 12,
+        "max_connections": 100,
+        "pending_restart": [],
+        "problem": "",
+    }
+    bare = {"app": None, "last_deploy": None, "pool": None, "nginx": None}
+    found = {**app_status(), **bare, "database": database, "backup": backup_state(), **changes}
+    return {**found, "database": {**database, **changes.get("database", {})}}
+
+
+FAILED_BACKUP = {
+    "started": "2026-11-24T02:00:00Z",
+    "ended": "2026-11-24T02:00:01Z",
+    "ok": False,
+    "label": None,
+    "type": "diff",
+    "bytes": 0,
+    "message": "the repository /b is not there; is its disk mounted?",
+}
+
+
+def backup_state(**changes: Any) -> dict[str, Any]:
+    """Return the state file of backups that are in order, made at 02:00."""
+    last = {
+        "started": "2026-11-24T02:00:00Z",
+        "ended": "2026-11-24T02:00:12Z",
+        "ok": True,
+        "label": "20261122-020000F_20261124-020000D",
+        "type": "diff",
+        "bytes": 3_725_776,
+        "size": 2_100_000_000,
+        "message": "",
+    }
+    return {
+        "kind": "postgresql",
+        "repository": "/var/lib/pgbackrest",
+        "runs_backups": True,
+        "max_age_hours": 26,
+        "created": "2026-11-01T00:00:00Z",
+        "last": last,
+        "last_success": last,
+        "check": {"time": "2026-11-24T14:20:00Z", "ok": True, "message": ""},
+        "archive": {
+            "ok": True,
+            "last_archived": "2026-11-24T14:29:00Z",
+            "failing_since": None,
+            "lag_seconds": 0,
+            "message": "",
+        },
+        "restore_check": None,
+        "restore": None,
+        **changes,
+    }
 
 
 def fleet(**hosts: dict[str, Any]) -> Any:
@@ -474,6 +554,111 @@ class TestProblems:
         assert found == [f"app1, app2: {last} failed: switch on app2: it was not healthy"]
 
 
+class TestData:
+    """What is said of PostgreSQL and of backups."""
+
+    @staticmethod
+    def said(**changes: Any) -> list[str]:
+        """Return what is wrong with a database server, on which all is well but what is given."""
+        arguments = {"hosts": ["db1"], "app_hosts": [], "lb_hosts": [], "limits": LIMITS}
+        fleet = report["Fleet"]({**arguments, "found": {"db1": {"status": db_status(**changes)}}})
+        return [str(problem).removeprefix("db1: ") for problem in fleet.problems(lambda _: False)]
+
+    def test_all_is_well(self) -> None:
+        assert self.said() == []
+
+    def test_cells(self) -> None:
+        cells = report["row"]("db1", db_status(), NOW)
+        assert cells[:3] == ["db1", "(database)", "PostgreSQL 17.6"]
+        assert cells[6] == "ok"
+        assert report["row"]("bak1", db_status() | {"database": None}, NOW)[1] == "(backup)"
+
+    def test_the_line_on_data(self) -> None:
+        tried = {"ok": True, "ended": "2026-11-22T04:00:00Z", "message": "", "started": ""}
+        status = db_status(backup=backup_state(restore_check=tried))
+        assert report["data_line"]("db1", status, NOW) == (
+            "db1: PostgreSQL 17.6; 12 of 100 connections; diff backup 02:00, 3.7 MB, of a database of 2.1 GB in"
+            " /var/lib/pgbackrest; WAL archived 14:29; restore tried Nov 22: ok"
+        )
+        assert report["data_line"]("app1", app_status(), NOW) == ""
+        assert (
+            report["data_line"]("app1", app_status(backup_note="/x is not backed up"), NOW)
+            == "app1: /x is not backed up"
+        )
+
+    @pytest.mark.parametrize(
+        ("changes", "text"),
+        [
+            ({"database": {"problem": "Connection refused"}}, "PostgreSQL does not answer: Connection refused"),
+            ({"database": {"connections": 90}}, "90 of PostgreSQL's 100 connections are in use"),
+            (
+                {"database": {"pending_restart": ["max_connections"]}},
+                "PostgreSQL needs a restart to use what is configured",
+            ),
+            ({"backup": {}}, "has no backups yet"),
+            (
+                {"backup": backup_state(last=FAILED_BACKUP)},
+                "the last backup, at 2026-11-24T02:00:01Z, failed: the repository /b",
+            ),
+            ({"backup": backup_state(last=None, last_success=None)}, "there is no backup yet"),
+            (
+                {"backup": backup_state(max_age_hours=12)},
+                "the newest backup is of 2026-11-24T02:00:12Z, and should not",
+            ),
+            (
+                {
+                    "backup": backup_state(
+                        check={"time": "2026-11-24T14:20:00Z", "ok": False, "message": "archiving fails"}
+                    )
+                },
+                "backups: archiving fails (seen at 2026-11-24T14:20:00Z)",
+            ),
+            (
+                {"backup": backup_state(check={"time": "2026-11-24T13:00:00Z", "ok": True, "message": ""})},
+                "nothing has looked after the backups since 2026-11-24T13:00:00Z",
+            ),
+            ({"backup": backup_state(check=None)}, "nothing has looked after the backups; see"),
+            (
+                {
+                    "backup": backup_state(
+                        restore_check={"ok": False, "ended": "2026-11-22T04:00:00Z", "message": "no room"}
+                    )
+                },
+                "the last restore check, at 2026-11-22T04:00:00Z, failed: no room",
+            ),
+            (
+                {"kept": ["/var/lib/postgresql/17/main.before-1"]},
+                "keeps what a restore has left in /var/lib/postgresql/17/",
+            ),
+        ],
+    )
+    def test_one_thing(self, changes: dict[str, Any], text: str) -> None:
+        (said,) = self.said(**changes)
+        assert said.startswith(text)
+
+    @pytest.mark.parametrize(
+        ("path", "name"),
+        [
+            ("/var/lib/postgresql/17/main.before-1", "main.before-1"),
+            ("/var/lib/postgresql/hardstand/blog-beside", "beside"),
+        ],
+    )
+    def test_how_to_remove_what_is_kept(self, path: str, name: str) -> None:
+        (said,) = self.said(kept=[path])
+        assert said.endswith(f"playbooks/restore.yml -e restore_discard={name}")
+
+    def test_what_is_new_need_not_have_a_backup_yet(self) -> None:
+        new = backup_state(last=None, last_success=None, check=None, created="2026-11-24T14:29:00Z")
+        assert self.said(backup=new) == []
+
+    def test_a_cause_is_told_once(self) -> None:
+        check = {"time": "2026-11-24T14:20:00Z", "ok": False, "message": FAILED_BACKUP["message"]}
+        assert len(self.said(backup=backup_state(last=FAILED_BACKUP, check=check))) == 1
+
+    def test_a_server_whose_backups_another_makes(self) -> None:
+        assert self.said(backup=backup_state(runs_backups=False, last=None, last_success=None)) == []
+
+
 class TestTable:
     """What people read."""
 
@@ -560,6 +745,7 @@ class TestPlaybook:
             "environment_host": "127.0.0.1:1,127.0.0.2:1",
             "environment_lb": "127.0.0.3:1",
             "environment_domain": "a.test",
+            "environment_database_url": "postgresql://a:{random}@127.0.0.9/a",
         }
         made = cls.play("environment", directory, "-e", json.dumps(settings))
         assert made.returncode == 0, made.stdout + made.stderr

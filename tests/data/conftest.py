@@ -5,13 +5,16 @@ from __future__ import annotations
 import pytest
 
 from tests.data.site import Site, make_sites
-from tests.harness import Repository
+from tests.harness import Repository, molecule_inventory
 
 
 @pytest.fixture(scope="session")
-def sites(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Site]:
+def sites() -> dict[str, Site]:
     """Both environments, deployed to: one by Molecule, the other one here."""
-    made = make_sites(tmp_path_factory.mktemp("inventories"))
+    # Its secrets live as long as its server does, which is as long as Molecule's directory.
+    directory = molecule_inventory().parents[1] / "environments"
+    directory.mkdir(exist_ok=True)
+    made = make_sites(directory)
     made["debian12"].expect("deploy.yml")
     return made
 

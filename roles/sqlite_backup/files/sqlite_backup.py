@@ -112,15 +112,21 @@ def place(source: Path, target: Path, kept: str) -> host.State:
     finally:
         os.close(descriptor)
     staged.chmod(target.stat().st_mode & 0o777 if target.exists() else 0o640)
+    beside = [suffix for suffix in ("-wal", "-shm", "-journal") if Path(f"{target}{suffix}").exists()]
     if kept:
-        # What is in its WAL alone would be taken for that of the new one. A damaged one cannot take it in and keeps it.
+        for suffix in ("", *beside):
+            os.link(f"{target}{suffix}", target.with_name(f"{kept}{suffix}"))
+        # What is in its WAL alone goes into the file, whichever of the two is there should we be cut off. A damaged one
+        # cannot take it in, and SQLite may drop it: hence the links.
         with suppress(sqlite3.Error), closing(open_existing(target)) as old:
             old.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        os.link(target, target.with_name(kept))
-    for suffix in ("-wal", "-shm", "-journal"):
-        beside = Path(f"{target}{suffix}")
-        if kept and beside.exists():
-            beside.replace(target.with_name(f"{kept}{suffix}"))
+        for suffix in beside:
+            link = target.with_name(f"{kept}{suffix}")
+            if not link.stat().st_size or suffix == "-shm":
+                link.unlink()
+    for suffix in beside:
+        # Or it would be taken for the new one's.
+        Path(f"{target}{suffix}").unlink(missing_ok=True)
     staged.replace(target)
     return {}
 

@@ -31,8 +31,8 @@ module: status_host
 short_description: Tell what serves on a host, how well, and what is about to end
 description:
   - Gathers release, workers, health, certificates, disks, the last deploy, the deploy lock, on load balancers the pool,
-    and what there is to know of PostgreSQL and of backups. Changes nothing, takes no lock, and does not fail over what it
-    finds.
+    and what there is to know of PostgreSQL and of backups.
+  - Changes nothing, takes no lock, and does not fail over what it finds.
 options:
   app: {description: Name of the application., type: str, required: true}
   root: {description: Directory of the application on this host., type: path, required: true}
