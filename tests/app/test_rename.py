@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -77,3 +78,11 @@ def test_rename_in_three_deploys(project: Path, tmp_path: Path, postgresql: Post
             for one, other in ((old, new), (new, old)):
                 use(clients[one], seen(clients[other]), f"{one} beside {other}")
     assert postgresql.fetch(name, "SELECT count(*), count(heading) FROM posts") == [(2506, 2506)]
+
+
+def test_the_readme_shows_these_migrations() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    shown = dict(re.findall(r"```python\n# app/migrations/versions/(\S+)\n(.*?)```", readme, re.DOTALL))
+    assert sorted(shown) == sorted(path.name for path in EXAMPLE.glob("*.py"))
+    for name, text in shown.items():
+        assert text in (EXAMPLE / name).read_text(), name

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.data.site import Site, make_sites
-from tests.harness import Repository, molecule_inventory
+from tests.harness import molecule_inventory
 
 
 @pytest.fixture(scope="session")
@@ -22,9 +22,3 @@ def sites() -> dict[str, Site]:
 @pytest.fixture(scope="session", params=["debian13", "debian12"])
 def site(request: pytest.FixtureRequest, sites: dict[str, Site]) -> Site:
     return sites[request.param]
-
-
-@pytest.fixture
-def repository(tmp_path_factory: pytest.TempPathFactory) -> Repository:
-    """What is deployed: this project, to commit to."""
-    return Repository(tmp_path_factory.mktemp("developer") / "repository")

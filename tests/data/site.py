@@ -121,6 +121,10 @@ class Site(Operator):
         state: dict[str, Any] = json.loads(self.backups.sh(f"cat {STATE}"))
         return state
 
+    def repository(self) -> str:
+        """Return the directory that the backups are in."""
+        return str(self.backup_state()["repository"]).partition(" ")[0]
+
     # As a client
 
     def post(self, title: str) -> None:

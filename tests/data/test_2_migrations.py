@@ -35,6 +35,12 @@ def migration(site: Site, revision: str, message: str, statement: str) -> dict[s
     return {f"app/migrations/versions/{revision}.py": text}
 
 
+@pytest.fixture(scope="module")
+def repository(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Repository:
+    """What is deployed: each site has one of its own, with the migrations that went through there."""
+    return Repository(tmp_path_factory.mktemp(site.app.name) / "repository")
+
+
 @pytest.fixture
 def served(site: Site, repository: Repository) -> str:
     """Start from the repository's HEAD; returns the release."""
@@ -62,6 +68,7 @@ def test_failing(site: Site, repository: Repository, served: str) -> None:
     run = expect_refusal(site, repository, served)
     assert "no_such_table" in run.output
     assert "still serves" in run.output
+    repository.drop()
 
 
 def test_blocked(site: Site, repository: Repository, served: str) -> None:
@@ -93,6 +100,7 @@ def test_dangerous(site: Site, repository: Repository, served: str) -> None:
     assert "aaaa00000002" in run.output
     assert "ban-drop-column" in run.output
     assert "release_migration_accept" in run.output
+    repository.drop()
 
 
 @pytest.mark.once
@@ -104,3 +112,4 @@ def test_pending_migrations_are_shown_in_a_dry_run(site: Site, repository: Repos
     assert "aaaa00000003" in run.output or "Add a footnote" in run.output, run.output
     assert site.schema() == before
     assert site.app.release() == served
+    repository.drop()

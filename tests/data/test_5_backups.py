@@ -21,14 +21,14 @@ def backed_up(site: Site) -> Site:
     state = site.backup_state()
     assert state["last"]["ok"], state
     assert state["last"]["label"] in run.output
-    assert state["repository"] in run.output
+    assert site.repository() in run.output
     return site
 
 
 def test_a_backup_is_encrypted(backed_up: Site) -> None:
     backed_up.post("A title that nobody is to find")
     backed_up.expect(BACKUP)
-    path = backed_up.backup_state()["repository"].rpartition(":")[2]
+    path = backed_up.repository()
     assert backed_up.backups.sh(f"find {path} -type f | head -1") != ""
     found = backed_up.backups.sh(f"grep -rl 'nobody is to find' {path} || true")
     assert found == ""
@@ -107,7 +107,7 @@ def test_a_time_that_no_backup_reaches_is_refused_and_harms_nothing(backed_up: S
 
 def test_a_broken_repository_is_noticed_shown_and_mends_itself(backed_up: Site) -> None:
     site = backed_up
-    path = site.backup_state()["repository"].rpartition(":")[2]
+    path = site.repository()
     site.backups.sh(f"mv {path} {path}.gone")
     try:
         assert site.refuse(BACKUP).output
