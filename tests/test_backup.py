@@ -137,18 +137,17 @@ class TestStateFile:
         (tmp_path / "blog.json").write_text(json.dumps({"created": "2020-01-01T00:00:00Z"}))
         assert file.update(last={})["created"] == "2020-01-01T00:00:00Z" != created
 
-    def test_two_programs_at_once_lose_nothing(self, tmp_path: Path) -> None:
-        def count(part: str) -> None:
-            for number in range(50):
-                self.file(tmp_path).update(**{part: number})
-
-        threads = [threading.Thread(target=count, args=(part,)) for part in ("last", "check", "archive")]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+    def test_programs_at_once_lose_nothing(self, tmp_path: Path) -> None:
+        script = (
+            "import sys, runpy; from pathlib import Path; host = runpy.run_path(sys.argv[1]);"
+            "file = host['StateFile'](Path(sys.argv[2]) / 'blog.json', {});"
+            "[file.update(**{sys.argv[3]: number}) for number in range(200)]"
+        )
+        command = [sys.executable, "-c", script, str(FILES / "backup_host.py"), str(tmp_path)]
+        programs = [subprocess.Popen([*command, part]) for part in ("last", "check", "archive", "restore")]
+        assert [program.wait() for program in programs] == [0] * 4
         state = self.file(tmp_path).read()
-        assert (state["last"], state["check"], state["archive"]) == (49, 49, 49)
+        assert [state[part] for part in ("last", "check", "archive", "restore")] == [199] * 4
         assert [path.name for path in tmp_path.iterdir()] == ["blog.json"]
 
     def test_a_directory_that_is_gone(self, tmp_path: Path) -> None:
@@ -326,6 +325,27 @@ class TestRepository:
         assert self.repository(missing).info().problem == "missing stanza path"
         assert self.repository("[]").info().problem == "missing stanza path"
 
+    def test_a_repository_that_is_not_reached(self) -> None:
+        listed = [
+            {
+                "backup": [],
+                "db": [],
+                "name": "blog",
+                "repo": [
+                    {
+                        "status": {
+                            "code": 99,
+                            "message": "[E] unable to connect to '10.0.0.9:8432'\n [E] on 9 retries: …",
+                        }
+                    }
+                ],
+                "status": {"code": 99, "message": "other"},
+            }
+        ]
+        problem = self.repository(json.dumps(listed)).info().problem
+        assert problem.startswith("the other server's pgBackRest")
+        assert problem.endswith("unable to connect to '10.0.0.9:8432'")
+
     def test_which_backup_leads_to_a_timeline(self) -> None:
         history = backup.History.parse(6, HISTORY)
         first, second = self.repository(INFO).info().backups
@@ -350,6 +370,7 @@ class TestRepository:
         [
             ("unable to connect to '10.0.0.9:8432': [111] Connection refused", "pgBackRest .* is not reached"),
             ("unable to find primary cluster - cannot proceed", "PostgreSQL does not answer"),
+            ("no database found", "PostgreSQL does not answer"),
             ("CryptoError: unable to flush", "keeps its passphrase for good"),
         ],
     )

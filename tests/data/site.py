@@ -7,6 +7,8 @@ import json
 import shlex
 import subprocess
 import threading
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,9 @@ CHECK_UNIT = f"hardstand-backup-check-{APP}.service"
 
 # Server that is an environment by itself.
 SINGLE = "hardstand-data-single"
+
+# Seconds after which PostgreSQL archives what it has; as molecule/data/environment.yml has it.
+ARCHIVE_TIMEOUT = 10
 
 BACKUP, RESTORE = "playbooks/backup.yml", "playbooks/restore.yml"
 RESTORE_CHECK, STATUS = "playbooks/restore_check.yml", "playbooks/status.yml"
@@ -64,6 +69,17 @@ class Site(Operator):
     address: str
     # A server of somebody else, with psql.
     stranger: Server
+    # Where settings are kept that hold from some test on, as long as the servers do.
+    memory: Path
+
+    def __post_init__(self) -> None:
+        if self.memory.exists():
+            self.settings.update(json.loads(self.memory.read_text()))
+
+    def remember(self, settings: Mapping[str, str]) -> None:
+        """Let settings hold from here on, as if they had been written into the inventory."""
+        self.settings.update(settings)
+        self.memory.write_text(json.dumps(self.settings))
 
     # As root on the database server
 
@@ -114,11 +130,11 @@ class Site(Operator):
         said: list[str] = json.loads(self.app.sh(f"{python} -c {shlex.quote(script)} {shlex.quote(wanted)}"))
         return said
 
-    # On the server that makes the backups
+    # What is known of the backups
 
-    def backup_state(self) -> dict[str, Any]:
-        """Return what is known of the backups."""
-        state: dict[str, Any] = json.loads(self.backups.sh(f"cat {STATE}"))
+    def backup_state(self, server: Server | None = None) -> dict[str, Any]:
+        """Return what the server that makes them knows, or another one."""
+        state: dict[str, Any] = json.loads((server or self.backups).sh(f"cat {STATE}"))
         return state
 
     def repository(self) -> str:
@@ -151,7 +167,8 @@ class Writers:
         self._site, self._prefix = site, prefix
         self._stop = threading.Event()
         self._lock = threading.Lock()
-        self.acknowledged: list[str] = []
+        # When each was, as time.monotonic() has it.
+        self.acknowledged: dict[str, float] = {}
         self.statuses: dict[int, int] = {}
         self._threads = [threading.Thread(target=self._write, args=(number,)) for number in range(clients)]
 
@@ -187,7 +204,7 @@ class Writers:
             with self._lock:
                 self.statuses[status] = self.statuses.get(status, 0) + 1
                 if status == 201:
-                    self.acknowledged.append(title)
+                    self.acknowledged[title] = time.monotonic()
             if status != 201:
                 self._stop.wait(0.1)
         client.close()
@@ -209,6 +226,7 @@ def make_sites(directory: Path) -> dict[str, Site]:
             backups=Server(backup),
             address=db_variables["internal_address"],
             stranger=Server(SINGLE),
+            memory=directory / "debian13.json",
         ),
         "debian12": Site(
             inventories=[str(single)],
@@ -217,6 +235,7 @@ def make_sites(directory: Path) -> dict[str, Site]:
             backups=Server(SINGLE),
             address=address_of(SINGLE),
             stranger=Server(db),
+            memory=directory / "debian12.json",
         ),
     }
     for site in sites.values():

@@ -39,8 +39,7 @@ def test_the_application_gets_a_new_password(site: Site) -> None:
     )
     assert logins == login
     assert site.probe("SELECT 1") == ["1"]
-    # From here on these are the passwords.
-    site.settings.update(PASSWORDS)
+    site.remember(PASSWORDS)
     again = site.expect("deploy.yml")
     assert again.changed == 0, again.output
 

@@ -408,10 +408,11 @@ def settings_of(arguments: argparse.Namespace) -> dict[str, t.Any]:
 
 
 def call(work: t.Callable[[], str]) -> t.NoReturn:
-    """Do the work of a command, print what it returns, and exit: 0, or 1 with the problem on standard error."""
+    """Do the work of a command, print what it returns, and exit with 0, or with 1 and the problem on standard error."""
     leave_in_order()
     try:
-        say(work())
+        if text := work():
+            say(text)
     except (BackupError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)

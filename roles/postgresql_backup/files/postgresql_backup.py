@@ -143,10 +143,14 @@ class Repository:
         """Return pgBackRest's complaint, with what an operator would want to hear first."""
         if problem := self.path_problem():
             return problem
+        # It says the same again for its further attempts.
+        error = re.split(r" \[\w+\] on (?:\d+ retries|retry)", error)[0]
         if re.search(r"unable to connect to|unable to get address|HostConnectError|timeout connecting", error):
             return f"the other server's pgBackRest (systemctl status pgbackrest) is not reached: {error}"
-        if "unable to find primary" in error:
+        if "unable to find primary" in error or "no database found" in error:
             return f"PostgreSQL does not answer, or pgBackRest on its server does not: {error}"
+        if "not match the database" in error:
+            return f"these are backups of another PostgreSQL than the one that runs; a deploy says what to do ({error})"
         if "CryptoError" in error or "cipher" in error:
             return (
                 f"the repository cannot be decrypted ({error}): postgresql_backup_passphrase is not the one that it was"
@@ -175,7 +179,8 @@ class Repository:
 
     def info(self) -> Info:
         """Return what the repository holds. Raises BackupError when it cannot be read."""
-        listed = json.loads(self.call("info", "--output=json", timeout=300))
+        # A server that is gone is to be noticed soon; pgBackRest would try for three minutes.
+        listed = json.loads(self.call("info", "--output=json", "--io-timeout=20", timeout=300))
         stanza = next((found for found in listed if found["name"] == self.stanza), None)
         if stanza is None:
             return Info([], {}, "missing stanza path")
@@ -197,10 +202,11 @@ class Repository:
             if not found.get("error") and found["database"]["id"] == max(systems)
         ]
         status = stanza["status"]
-        # 0: all is well. 2: there is no backup yet. The message of any other says what pgBackRest met.
+        # 0: all is well. 2: there is no backup yet. 99: something that the repository's own message says.
         if status["code"] in (0, 2):
             return Info(backups, systems, "")
-        return Info(backups, systems, self.explain(" ".join(str(status["message"]).split())))
+        said = [repo["status"]["message"] for repo in stanza.get("repo", []) if status["code"] == 99]
+        return Info(backups, systems, self.explain(" ".join(str((said or [status["message"]])[0]).split())))
 
     def history(self, timeline: str, systems: t.Mapping[int, tuple[str, str]]) -> History | None:
         """Return the history of a timeline; None when it is the backup's own, or the first and only one.
@@ -498,11 +504,13 @@ class Backups:
         if problem := self.repository.path_problem():
             raise host.BackupError(problem)
         info = self.repository.info()
-        if info.problem and not self.settings["runs_backups"] and self.is_new(now):
-            return []
-        if info.problem:
+        if info.problem.startswith("missing") and not self.settings["runs_backups"] and self.is_new(now):
+            return []  # The other server is about to make it.
+        if info.problem.startswith("missing"):
             hint = "; if it is gone for good, see -e postgresql_backup_new=true in roles/postgresql_backup/README.md"
             raise host.BackupError(f"the repository holds nothing of {self.app} ({info.problem}){hint}")
+        if info.problem:
+            raise host.BackupError(info.problem)
         if not self.settings["runs_backups"]:
             return []
         # Ends a WAL segment and waits until it is in the repository: all of the way, from PostgreSQL to the disk.

@@ -667,6 +667,8 @@ class RestoreCheck:
         directory = Path(backups.settings["scratch_directory"]) / f"{backups.app}-check"
         self.instance = Instance(backups, directory, backups.settings["beside_port"])
         self.server: subprocess.Popen[str] | None = None
+        # Of the migrations that the restored database has had.
+        self.revisions: list[str] = []
 
     def run(self) -> str:
         """Restore, compare, write down and return the result. Raises BackupError when it is not what it should be."""
@@ -690,7 +692,8 @@ class RestoreCheck:
             )
         lines.append(
             f"Backup {chosen.label} and all WAL since restore to what the service has:"
-            f" {len(verdicts)} tables, {sum(found.restored or 0 for found in verdicts)} rows;"
+            f" {len(verdicts)} tables, {sum(found.restored or 0 for found in verdicts)} rows"
+            f"{', migrations at ' + ', '.join(self.revisions) if self.revisions else ''};"
             f" {host.people_seconds(time.time() - started)}."
         )
         return "\n".join(lines)
@@ -711,6 +714,7 @@ class RestoreCheck:
         self.start()
         self.instance.wait_until_recovered(self.problem)
         restored = counts_of(self.instance.sql(COUNTS, database))
+        self.revisions = restored.revisions
         # Last, because a session tells only some time after its transaction what it has inserted.
         last = tables_of(cluster.sql(TABLES, database))
         return chosen, *compare(before, restored, after, first, last)
@@ -758,7 +762,7 @@ class RestoreCheck:
                     time.sleep(0.1)
         if directory.exists():
             shutil.rmtree(directory)
-        return f"There is no {directory}."
+        return ""
 
     def record(self, started: float, chosen: Backup | None, verdicts: list[Verdict], problems: list[str]) -> None:
         """Write the result down."""

@@ -139,7 +139,7 @@ def purpose(status: Facts) -> tuple[str, str]:
         return "(balancer)", f"{serving} of {len(members)} members"
     if status["database"] is not None:
         return "(database)", f"PostgreSQL {status['database']['version'] or '?'}"
-    return "(backup)", ""
+    return "(backup)", "-"
 
 
 def people_bytes(count: float) -> str:

@@ -266,7 +266,7 @@ def maintenance(path: str) -> str | None:
 # What an operator wants to know of PostgreSQL.
 DATABASE = """
 SELECT json_build_object(
-    'version', current_setting('server_version'),
+    'version', split_part(current_setting('server_version'), ' ', 1),
     'connections', (SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'),
     'max_connections', current_setting('max_connections')::int,
     'pending_restart', (SELECT coalesce(json_agg(name ORDER BY name), '[]') FROM pg_settings WHERE pending_restart))
