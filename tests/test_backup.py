@@ -558,7 +558,7 @@ class TestSqliteFiles:
             assert moment.astimezone(UTC).replace(microsecond=0) == datetime(2026, 11, 24, 19, 0, 16, tzinfo=UTC)
 
 
-@pytest.mark.skipif(not RESTIC, reason="needs restic; scenario `data` has it")
+@pytest.mark.skipif(not RESTIC, reason="needs restic, which bin/setup installs")
 class TestSqliteBackups:
     """Everything but systemd and Supervisor, for real."""
 

@@ -135,7 +135,7 @@ def test_a_destroyed_server_comes_back_from_the_repository(backed_up: Site, pyte
         wait_for(lambda: writers.written() > 100, 30, "posts are written")
         archived = archived_now(site)
         # Some more, of which some are archived and some are not.
-        time.sleep(ARCHIVE_TIMEOUT)
+        time.sleep(2 * ARCHIVE_TIMEOUT)
         lost_at = time.monotonic()
         destroy_and_replace(site)
     assert len(archived) > 100
