@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import pytest
 
-from tests.data.site import Site, make_sites
+from tests.data.site import Site, make_fleet, make_single_server
 from tests.harness import molecule_inventory
 
 
-@pytest.fixture(scope="session")
-def sites() -> dict[str, Site]:
-    """Both environments, deployed to: one by Molecule, the other one here."""
+@pytest.fixture(
+    scope="session",
+    params=[pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in ("debian13", "debian12")],
+)
+def site(request: pytest.FixtureRequest) -> Site:
+    """Either environment, deployed to: one by Molecule, the other one here.
+
+    The tests of one follow one another, those of both may run at the same time.
+    """
     # Its secrets live as long as its server does, which is as long as Molecule's directory.
     directory = molecule_inventory().parents[1] / "environments"
     directory.mkdir(exist_ok=True)
-    made = make_sites(directory)
-    made["debian12"].expect("deploy.yml")
+    if request.param == "debian13":
+        return make_fleet(directory)
+    made = make_single_server(directory)
+    made.expect("deploy.yml")
     return made
-
-
-@pytest.fixture(scope="session", params=["debian13", "debian12"])
-def site(request: pytest.FixtureRequest, sites: dict[str, Site]) -> Site:
-    return sites[request.param]

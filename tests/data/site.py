@@ -210,37 +210,41 @@ class Writers:
         client.close()
 
 
-def make_sites(directory: Path) -> dict[str, Site]:
-    """Return the environments: Molecule's, and that of the server that stands by itself, still to be deployed to."""
+def make_fleet(directory: Path) -> Site:
+    """Return the environment that Molecule has made."""
     inventory = molecule_inventory()
     hosts = yaml.safe_load((SCENARIO / "inventory" / "hosts.yml").read_text())
     (app, _), (db, db_variables), (backup, _) = (
         next(iter(hosts[group]["hosts"].items())) for group in ("app", "db", "backup")
     )
+    made = Site(
+        inventories=[str(inventory), str(SCENARIO / "inventory")],
+        app=Server(app, ca=inventory.parent / "pki" / "ca.crt"),
+        db=Server(db),
+        backups=Server(backup),
+        address=db_variables["internal_address"],
+        stranger=Server(SINGLE),
+        memory=directory / "debian13.json",
+    )
+    made.app.refresh()
+    return made
+
+
+def make_single_server(directory: Path) -> Site:
+    """Return the environment of the server that stands by itself, still to be deployed to."""
     single = make_single(directory)
-    sites = {
-        "debian13": Site(
-            inventories=[str(inventory), str(SCENARIO / "inventory")],
-            app=Server(app, ca=inventory.parent / "pki" / "ca.crt"),
-            db=Server(db),
-            backups=Server(backup),
-            address=db_variables["internal_address"],
-            stranger=Server(SINGLE),
-            memory=directory / "debian13.json",
-        ),
-        "debian12": Site(
-            inventories=[str(single)],
-            app=Server(SINGLE, ca=single / "pki" / "ca.crt"),
-            db=Server(SINGLE),
-            backups=Server(SINGLE),
-            address=address_of(SINGLE),
-            stranger=Server(db),
-            memory=directory / "debian12.json",
-        ),
-    }
-    for site in sites.values():
-        site.app.refresh()
-    return sites
+    hosts = yaml.safe_load((SCENARIO / "inventory" / "hosts.yml").read_text())
+    made = Site(
+        inventories=[str(single)],
+        app=Server(SINGLE, ca=single / "pki" / "ca.crt"),
+        db=Server(SINGLE),
+        backups=Server(SINGLE),
+        address=address_of(SINGLE),
+        stranger=Server(next(iter(hosts["db"]["hosts"]))),
+        memory=directory / "debian12.json",
+    )
+    made.app.refresh()
+    return made
 
 
 def make_single(directory: Path) -> Path:

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.data.site import Site
-from tests.harness import APP, ROOT
+from tests.harness import APP, ROOT, wait_for
 
 DENIED = "InsufficientPrivilegeError"
 
@@ -70,6 +70,10 @@ def test_nobody_logs_in_without_tls(site: Site) -> None:
 
 def test_nobody_logs_in_from_elsewhere(site: Site) -> None:
     parts = urlsplit(site.database_url())
+    # It may still be deployed to.
+    wait_for(
+        lambda: site.stranger.sh("command -v psql", check=False), 400, "psql on a server of somebody else", every=1
+    )
     login = f"host={site.address} dbname={APP} user={parts.username} connect_timeout=5"
     for mode in ("require", "disable"):
         said = site.stranger.sh(
