@@ -296,7 +296,7 @@ class TestProcesses:
             assert time.monotonic() < deadline, app
 
     def test_a_healthy_release(self, supervised: Host) -> None:
-        app = self.wait(supervised, lambda app: app["healthy"])
+        app = self.wait(supervised, lambda app: app["healthy"] and app["state"] != "STARTING")
         assert (app["state"], app["workers"], app["workers_wanted"]) == ("RUNNING", 2, 2)
         assert app["configured"] is True
         assert app["health"] == "200 OK: ok"
