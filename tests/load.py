@@ -7,7 +7,7 @@ whatever way a client can see, is a failure. Only a connection that the server c
 or that is closed while no request is on it, is opened again in silence, as any client would.
 
 `Load` starts and asks the process. Its answers are divided into windows, which `Load.mark` begins, and are about those
-requests that *ended* in one.
+requests that *ended* in one; only who served is about those that *began* in it.
 """
 
 from __future__ import annotations
@@ -344,6 +344,8 @@ class Generator:
         self.stopping = asyncio.Event()
         self.windows: dict[str, Window] = {}
         self.window = Window()
+        # The one in which the request began whose answer is looked at.
+        self.began = self.window
         self.name = ""
         self.since = time.monotonic()
         self.failures: list[dict[str, Any]] = []
@@ -387,7 +389,7 @@ class Generator:
         if before != release and now - self.heard.get((host, release), 0) > _BOTH_ANSWER:
             self.gave_way.setdefault((host, before), []).append(now)
         self.latest[host], self.heard[host, release] = release, now
-        releases = self.window.served.setdefault(host, {})
+        releases = self.began.served.setdefault(host, {})
         releases[release] = releases.get(release, 0) + 1
 
     def failure(self, request: str, error: FailedError, seconds: float) -> None:
@@ -438,12 +440,13 @@ class Generator:
         for what, request, check in requests:
             if self.stopping.is_set():
                 break
-            start = time.monotonic()
+            start, began = time.monotonic(), self.window
             try:
                 if connection is None or not connection.usable:
                     connection = await self._renew(connection)
                 answer = await connection.ask(request)
                 seconds = time.monotonic() - start
+                self.began = began
                 check(answer, start)
             except FailedError as error:
                 self.failure(what, error, time.monotonic() - start)

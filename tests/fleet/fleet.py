@@ -26,7 +26,8 @@ LB_LOG = f"/var/log/nginx/{APP}-lb.access.log"
 PHASES = {
     "preflight": r"^TASK \[preflight : Hosts \|",
     "build": r"^TASK \[release : Build_here \|",
-    "migrate": r"^TASK \[release : Migrate \|",
+    # What is pending is looked at first, and goes on to a migration only when something is.
+    "migrate": r"^TASK \[release : (Pending|Migrate) \|",
     "start": r"^TASK \[release : Start \|",
     "switch": r"^TASK \[release : Switch \|",
     "drain": r"^TASK \[release : Drain \|",

@@ -68,7 +68,7 @@ def test_ctrl_c(fleet: Fleet, repository: Repository, release: str, phase: str) 
         check_next_deploy(fleet, repository)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, rarely(signal.SIGHUP)])
+@pytest.mark.parametrize("number", [rarely(signal.SIGTERM), rarely(signal.SIGHUP)])
 def test_other_signals(fleet: Fleet, repository: Repository, release: str, number: signal.Signals) -> None:
     with quiet_load(fleet):
         run = start(fleet, repository)

@@ -8,6 +8,7 @@ from tests.fleet.fleet import Fleet
 from tests.harness import ROOT, Repository
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("release")
 def test_new_requirements_are_the_same_everywhere(fleet: Fleet, repository: Repository) -> None:
     def lock_files() -> set[str]:
