@@ -38,7 +38,7 @@ def load_class(uri):
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "exhaustive: only run by `bin/test --exhaustive`")
-    config.addinivalue_line("markers", "once: about what does not depend on Debian's release, so one server will do")
+    config.addinivalue_line("markers", "once(on): does not depend on Debian's release, so one server will do")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -51,9 +51,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _is_repeated(item: pytest.Item) -> bool:
-    """Return whether a test that one server is enough for is for another than the newest."""
+    """Return whether a test that one server is enough for is for another than that one: the newest, unless it says."""
+    if not (once := item.get_closest_marker("once")):
+        return False
+    other = {"debian13": "debian12", "debian12": "debian13"}[once.kwargs.get("on", "debian13")]
     parameters = getattr(getattr(item, "callspec", None), "params", {}).values()
-    return bool(item.get_closest_marker("once")) and any(str(value).endswith("debian12") for value in parameters)
+    return any(str(value).endswith(other) for value in parameters)
 
 
 @pytest.fixture

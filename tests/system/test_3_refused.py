@@ -7,6 +7,9 @@ import pytest
 from tests.harness import failing_migration
 from tests.system.servers import ROOT, Deploy, Repository, Server, load
 
+# On the server that has fewer tests otherwise.
+ONCE = pytest.mark.once(on="debian12")
+
 
 @pytest.fixture
 def deployed(server: Server, repository: Repository) -> str:
@@ -34,7 +37,7 @@ def test_import_error(server: Server, repository: Repository, deployed: str) -> 
     assert "No module named 'no_such_module'" in run.output, run.output
 
 
-@pytest.mark.once
+@ONCE
 def test_never_healthy(server: Server, repository: Repository, deployed: str) -> None:
     repository.edit("Never get ready", "app/health.py", '"/ready"', '"/ready-but-elsewhere"')
     run = expect_refusal(server, repository, deployed, release_health_timeout=4)
@@ -51,7 +54,7 @@ def test_failing_migration(server: Server, repository: Repository, deployed: str
     assert "alembic" in run.output
 
 
-@pytest.mark.once
+@ONCE
 def test_a_failure_that_prints_its_settings_shows_no_secret(
     server: Server, repository: Repository, deployed: str
 ) -> None:
@@ -67,14 +70,14 @@ def test_a_failure_that_prints_its_settings_shows_no_secret(
     assert server.release() == deployed
 
 
-@pytest.mark.once
+@ONCE
 def test_requirements_that_do_not_exist(server: Server, repository: Repository, deployed: str) -> None:
     repository.edit("Ask for too much", "requirements.txt", "fastapi==", "no-such-distribution-zq==1.0\nfastapi==")
     run = expect_refusal(server, repository, deployed)
     assert "no-such-distribution-zq" in run.output
 
 
-@pytest.mark.once
+@ONCE
 def test_dependencies_without_gunicorn(server: Server, repository: Repository, deployed: str) -> None:
     repository.edit("Drop gunicorn", "requirements.txt", "gunicorn==", "# gunicorn==")
     repository.edit("And its worker", "requirements.txt", "uvicorn-worker==", "# uvicorn-worker==")
@@ -82,14 +85,14 @@ def test_dependencies_without_gunicorn(server: Server, repository: Repository, d
     assert "lack gunicorn" in run.output
 
 
-@pytest.mark.once
+@ONCE
 def test_the_next_good_commit_goes_live(server: Server, repository: Repository) -> None:
     commit = repository.commit("A good one again")
     server.deploy("--tags", "release", release_repository=str(repository.path))
     assert server.release().startswith(commit[:8])
 
 
-@pytest.mark.once
+@ONCE
 def test_unknown_branch(server: Server, repository: Repository, deployed: str) -> None:
     run = server.refuse(release_repository=str(repository.path), release_version="no-such-branch")
     assert "no-such-branch" in run.output
@@ -97,14 +100,14 @@ def test_unknown_branch(server: Server, repository: Repository, deployed: str) -
     assert server.release() == deployed
 
 
-@pytest.mark.once
+@ONCE
 def test_not_enough_disk(server: Server) -> None:
     run = server.refuse(preflight_min_free_mb=10**9)
     assert "preflight_min_free_mb" in run.output
     assert run.changed == 0
 
 
-@pytest.mark.once
+@ONCE
 def test_misspelt_setting(server: Server) -> None:
     run = server.refuse(nginx_client_max_body_sizes="1m")
     assert "nginx_client_max_body_sizes" in run.output
@@ -112,7 +115,7 @@ def test_misspelt_setting(server: Server) -> None:
     assert run.changed == 0
 
 
-@pytest.mark.once
+@ONCE
 def test_wrong_type(server: Server) -> None:
     run = server.refuse(release_keep="many")
     assert "release_keep" in run.output
