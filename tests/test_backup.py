@@ -601,7 +601,9 @@ class TestSqliteBackups:
         assert backups.prepare(False, False) == "All is as it should be."
         assert backups.check() == "The backups of blog are in order.", "nothing to back up is no problem"
         make_database(backups.database, 100)
+        assert backups.prepare(False, False) == "The first backup is under way."
         assert "backup " in backups.run()
+        assert backups.prepare(False, False) == "All is as it should be."
         state = backups.file.read()
         assert state["last_success"] == state["last"]
         assert state["last"]["bytes"] > 0

@@ -287,18 +287,20 @@ class Backups:
         if not self.file.path.exists():
             self.file.update()
             done.append("the state file")
-        done += self.prepare_repository(new, adopt)
-        done += host.start_timers(self.settings["timers"])
-        return f"changed: {', '.join(done)}" if done else "All is as it should be."
+        made, first = self.prepare_repository(new, adopt)
+        done += [*made, *host.start_timers(self.settings["timers"])]
+        # What the timer does at any other time is no change of the server.
+        said = "The first backup is under way." if first else "All is as it should be."
+        return f"changed: {', '.join(done)}" if done else said
 
-    def prepare_repository(self, new: bool, adopt: bool) -> list[str]:
-        """Do what `prepare` does but for the timers."""
+    def prepare_repository(self, new: bool, adopt: bool) -> tuple[list[str], bool]:
+        """Do what `prepare` does but for the timers; returns what was made, and whether a first backup was started."""
         done: list[str] = []
         last = self.file.read()["last_success"]
         exists = self.repository.exists()
         if exists and last and self.repository.path and self.database.exists():
             # restic takes a second to say anything.
-            return done
+            return done, False
         if not exists:
             if last and not new:
                 raise host.BackupError(
@@ -314,7 +316,7 @@ class Backups:
         if self.database.exists():
             if not snapshots and not host.run(["systemctl", "is-active", self.unit]).stdout.startswith("activating"):
                 host.run(["systemctl", "start", "--no-block", self.unit])
-                done.append("the first backup, which is under way")
+                return done, True
         elif snapshots and not adopt:
             raise host.BackupError(
                 f"There is no {self.database}, and there are backups of it in {self.settings['repository']}, the"
@@ -322,7 +324,7 @@ class Backups:
                 " -i <inventory> -e restore_to=latest, then deploy again. To begin with an empty one: deploy with"
                 " -e sqlite_backup_adopt=true."
             )
-        return done
+        return done, False
 
     def run(self) -> str:
         """Make a backup and write down how it went; returns a line about it."""
