@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -57,6 +58,26 @@ def _is_repeated(item: pytest.Item) -> bool:
     other = {"debian13": "debian12", "debian12": "debian13"}[once.kwargs.get("on", "debian13")]
     parameters = getattr(getattr(item, "callspec", None), "params", {}).values()
     return any(str(value).endswith(other) for value in parameters)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `--dist loadgroup`, let the tests of one release of Debian follow one another, and those of two go side by side.
+
+    Of all that servers share in a scenario, what tests depend on is who else deploys to the same one. (xdist's own groups
+    are by a mark that it does not find with this pytest.)
+    """
+    if config.getoption("dist") != "loadgroup":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByRelease(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            name, _, parameters = nodeid.partition("[")
+            release = re.search(r"debian\d+", parameters)
+            return release[0] if release else name.partition("::")[0]
+
+    return ByRelease(config, log)
 
 
 @pytest.fixture

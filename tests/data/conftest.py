@@ -8,10 +8,7 @@ from tests.data.site import Site, make_fleet, make_single_server
 from tests.harness import molecule_inventory
 
 
-@pytest.fixture(
-    scope="session",
-    params=[pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in ("debian13", "debian12")],
-)
+@pytest.fixture(scope="session", params=["debian13", "debian12"])
 def site(request: pytest.FixtureRequest) -> Site:
     """Either environment, deployed to: one by Molecule, the other one here.
 

@@ -14,9 +14,7 @@ from tests.system.servers import SCENARIO, Repository, Server
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "server_name" in metafunc.fixturenames:
         hosts = yaml.safe_load(molecule_inventory().read_text())["all"]["hosts"]
-        # The tests of one server follow one another, those of two may run at the same time.
-        names = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in sorted(hosts)]
-        metafunc.parametrize("server_name", names, scope="session")
+        metafunc.parametrize("server_name", sorted(hosts), scope="session")
 
 
 @pytest.fixture(scope="session")

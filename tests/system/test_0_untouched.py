@@ -12,8 +12,6 @@ import pytest
 
 from tests.system.servers import Server, wait_for
 
-pytestmark = pytest.mark.xdist_group("untouched")
-
 IMAGES = {
     # As cloud images are: Python is there. And as bare as Debian gets: it is not.
     "with-python": os.environ.get("HARDSTAND_IMAGE_DEBIAN12", "localhost/hardstand/debian12"),
