@@ -62,14 +62,13 @@ def _is_repeated(item: pytest.Item) -> bool:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With `--dist loadgroup`, let the tests of one release of Debian follow one another, and those of two go side by side.
+    """With `--dist loadgroup`, let the tests of one release of Debian follow one another, beside those of the other.
 
-    Of all that servers share in a scenario, what tests depend on is who else deploys to the same one. (xdist's own groups
-    are by a mark that it does not find with this pytest.)
+    They have no server in common. (xdist's own groups are by a mark that it does not find with this pytest.)
     """
     if config.getoption("dist") != "loadgroup":
         return None
-    from xdist.scheduler import LoadScopeScheduling
+    from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
 
     class ByRelease(LoadScopeScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
