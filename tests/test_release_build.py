@@ -11,6 +11,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -481,3 +483,62 @@ class TestMirror:
         result = server.build(commit, url="http://deploy:hunter22@127.0.0.1:9/blog.git")
         assert "Cannot fetch http://deploy:********@127.0.0.1:9/blog.git; check release_repository" in result["msg"]
         assert "hunter22" not in result["msg"]
+
+
+def ssh_key(directory: Path, name: str) -> tuple[Path, str]:
+    """Make a key to sign with; returns its file, and the line that lets it sign."""
+    file = directory / name
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", name, "-f", file], check=True)
+    return file, f"{name}@example.org {file.with_suffix('.pub').read_text()}"
+
+
+def openpgp_key(directory: Path, name: str) -> tuple[Path, str]:
+    """Make an OpenPGP key; returns its home directory, and the public key."""
+    home = directory / f"{name}.gnupg"
+    home.mkdir(mode=0o700)
+    gpg = ["gpg", "--homedir", str(home), "--batch", "--quiet"]
+    make = [*gpg, "--passphrase", "", "--quick-generate-key", f"{name}@example.org", "ed25519", "sign", "never"]
+    subprocess.run(make, check=True, capture_output=True)
+    public = subprocess.run([*gpg, "--armor", "--export"], check=True, capture_output=True, text=True).stdout
+    subprocess.run(["gpgconf", "--homedir", str(home), "--kill", "gpg-agent"], check=True)
+    return home, public
+
+
+class TestSignatures:
+    """Commits that are only taken when somebody who may has signed them."""
+
+    @pytest.fixture
+    def keys(self) -> Iterator[Path]:
+        """A directory with a path short enough for gpg-agent's socket."""
+        with tempfile.TemporaryDirectory(prefix="hs-") as name:
+            yield Path(name)
+
+    def signed(self, server: Server, *options: str) -> str:
+        """Commit with a signature; returns the sha."""
+        server.repository.commit(CODE)
+        configuration = [argument for option in options for argument in ("-c", option)]
+        server.repository.git(*configuration, "commit", "--quiet", "--allow-empty", "-S", "-m", "Signed")
+        return server.repository.git("rev-parse", "HEAD")
+
+    def test_of_ssh(self, server: Server, keys: Path) -> None:
+        ada, bob = ssh_key(keys, "ada"), ssh_key(keys, "bob")
+        commit = self.signed(server, "gpg.format=ssh", f"user.signingKey={ada[0]}")
+        result = server.build(commit, signers=[bob[1]])
+        assert f"Commit {commit[:12]} is not signed by anyone in release_signers." in result["msg"]
+        assert not server.release(RELEASE_ID).exists()
+        assert server.build(commit, signers=[bob[1], ada[1]])["changed"]
+        again = server.build(commit, signers=[bob[1]])
+        assert "is not signed by anyone" in again["msg"], "that it was built before is no reason to take it"
+
+    def test_of_openpgp(self, server: Server, keys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (home, ada), (_, bob) = openpgp_key(keys, "ada"), openpgp_key(keys, "bob")
+        monkeypatch.setenv("GNUPGHOME", str(home))
+        commit = self.signed(server, "gpg.format=openpgp", "user.signingKey=ada@example.org")
+        subprocess.run(["gpgconf", "--homedir", str(home), "--kill", "gpg-agent"], check=True)
+        assert "is not signed by anyone" in server.build(commit, signers=[bob])["msg"]
+        assert server.build(commit, signers=[bob, ada])["changed"]
+
+    def test_that_are_missing(self, server: Server, commit: str, keys: Path) -> None:
+        result = server.build(commit, signers=[ssh_key(keys, "ada")[1]])
+        assert "is not signed by anyone in release_signers" in result["msg"]
+        assert "It has no signature." in result["msg"]

@@ -9,13 +9,16 @@ import json
 import os
 import re
 import shlex
+import tempfile
 import time
 import typing as t
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.release_host import (
+    Account,
     Layout,
     Mask,
     ReleaseError,
@@ -51,6 +54,11 @@ options:
   pack_fits: {description: "The pack answers O(have): one that does not fit is an error.", type: bool, default: false}
   deploy_key: {description: Private ssh key for O(url)., type: str, default: ""}
   known_hosts: {description: known_hosts lines for O(url)., type: list, elements: str, default: []}
+  signers:
+    description: Who may sign commits, as lines of ssh's allowed_signers or as OpenPGP public keys. Empty asks for none.
+    type: list
+    elements: str
+    default: []
   subdirectory: {description: Directory of the application inside the repository., type: str, default: ""}
   python: {description: Interpreter that makes the virtualenv., type: path, required: true}
   python_path: {description: Directories of the application on Python's path., type: list, elements: str, default: []}
@@ -137,11 +145,19 @@ class Build:
         self.build_env = parse_dotenv(self.p["build_env"])
         self.mask = Mask([*secrets, *self.build_env.values()], [self.p["url"]])
 
+    @cached_property
+    def builder(self) -> Account:
+        """Return the account that runs git and the installer.
+
+        Raises:
+            ReleaseError: there is none of that name.
+        """
+        return account(self.p["build_user"])
+
     # Directories and the commit
 
     def make_directories(self) -> None:
         """Make what all releases share, with the owners that keep the accounts apart."""
-        self.builder = account(self.p["build_user"])
         self.user = account(self.p["user"])
         proxy = group_id(self.p["proxy_group"])
         root = self.layout
@@ -269,6 +285,47 @@ class Build:
     def have(self) -> list[str]:
         """Return commits that a pack may build upon."""
         return str(self.git("for-each-ref", "--format=%(objectname)", "refs/releases")).split()
+
+    def verify(self) -> None:
+        """Refuse a commit that none of the signers has signed. It vouches for its files and for its ancestors.
+
+        Raises:
+            ReleaseError: there is no signature, or it is nobody's who may sign.
+        """
+        if not self.p["signers"]:
+            return
+        openpgp = [key for key in self.p["signers"] if "BEGIN PGP PUBLIC KEY BLOCK" in key]
+        lines = [line for line in self.p["signers"] if line not in openpgp]
+        with tempfile.TemporaryDirectory(prefix="hardstand-signers-") as name:
+            # Only what is in here counts: no key that the account, or an earlier deploy, has come by.
+            os.chown(name, self.builder.uid, self.builder.gid)
+            allowed = Path(name) / "allowed_signers"
+            write_file(allowed, "".join(f"{line.strip()}\n" for line in lines), 0o644)
+            env = {"GNUPGHOME": name}
+            if openpgp:
+                self.take_keys(openpgp, env)
+            try:
+                # For OpenPGP git is content with any key of the key ring; for ssh it wants a principal of that file.
+                self.git("-c", f"gpg.ssh.allowedSignersFile={allowed}", "verify-commit", self.p["commit"], env=env)
+            except ReleaseError as error:
+                said = str(error).partition("\n")[2] or "It has no signature."
+                raise ReleaseError(
+                    f"Commit {self.p['commit'][:12]} is not signed by anyone in release_signers.\n{said}"
+                ) from error
+
+    def take_keys(self, keys: list[str], env: dict[str, str]) -> None:
+        """Put OpenPGP keys into a key ring of this check's own."""
+        try:
+            result = run(
+                ["gpg", "--batch", "--quiet", "--no-autostart", "--import"],
+                user=self.builder, cwd=self.layout.cache, stdin="\n".join(keys).encode(), env=env, timeout=60,
+            )  # fmt: skip
+        except FileNotFoundError as error:
+            raise ReleaseError(
+                "release_signers has OpenPGP keys, and the server has no gpg: add gpg to base_packages."
+            ) from error
+        if result.returncode:
+            raise ReleaseError(f"gpg does not take the keys in release_signers.\n{self.tail(result.stderr, 5)}")
 
     def check_out(self) -> str:
         """Write the commit's files into the work directory; returns the commit's subject."""
@@ -516,6 +573,7 @@ class Build:
         self.make_directories()
         if not self.bring_commit():
             return {"missing_commit": True, "have": self.have()}
+        self.verify()
         started = time.monotonic()
         try:
             subject = self.check_out()
@@ -597,6 +655,7 @@ class Build:
 
 def main() -> None:
     """Run the module."""
+    os.umask(0o022)  # whatever the session has
     module = AnsibleModule(
         argument_spec={
             "app": {"type": "str", "required": True},
@@ -609,6 +668,7 @@ def main() -> None:
             "pack_fits": {"type": "bool", "default": False},
             "deploy_key": {"type": "str", "default": "", "no_log": True},
             "known_hosts": {"type": "list", "elements": "str", "default": []},
+            "signers": {"type": "list", "elements": "str", "default": [], "no_log": False},
             "subdirectory": {"type": "str", "default": ""},
             "python": {"type": "path", "required": True},
             "python_path": {"type": "list", "elements": "str", "default": []},
@@ -636,12 +696,13 @@ def main() -> None:
     live = build.layout.live_release() == release_id
     result: dict[str, t.Any] = {"release_id": release_id, "live": live, "missing_commit": False}
     result["missing_dependencies"] = False
-    if (present := build.present_set()) is not None:
-        module.exit_json(changed=False, dependencies="unchanged", dependency_set=present, resolved=False, **result)
-    result["diff"] = build.diff()
-    if module.check_mode:
-        module.exit_json(changed=True, **result)
     try:
+        if (present := build.present_set()) is not None:
+            build.verify()  # Who may sign may have changed since it was built.
+            module.exit_json(changed=False, dependencies="unchanged", dependency_set=present, resolved=False, **result)
+        result["diff"] = build.diff()
+        if module.check_mode:
+            module.exit_json(changed=True, **result)
         with busy(build.layout):
             result |= build.build()
     except (ReleaseError, OSError) as error:

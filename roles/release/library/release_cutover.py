@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import typing as t
 
 from ansible.module_utils.basic import AnsibleModule
@@ -92,6 +93,7 @@ def go_on(module: AnsibleModule, layout: Layout) -> dict[str, t.Any]:
 
 def main() -> None:
     """Run the module."""
+    os.umask(0o022)  # whatever the session has
     module = AnsibleModule(
         argument_spec={
             **ARGUMENTS,

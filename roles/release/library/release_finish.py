@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import typing as t
 
 from ansible.module_utils.basic import AnsibleModule
@@ -100,6 +101,7 @@ def forget_commits(layout: Layout, kept: set[str | None]) -> None:
 
 def main() -> None:
     """Run the module."""
+    os.umask(0o022)  # whatever the session has
     module = AnsibleModule(
         argument_spec={
             "app": {"type": "str", "required": True},

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import typing as t
 
 from ansible.module_utils.basic import AnsibleModule
@@ -89,6 +90,7 @@ def record_once(layout: Layout, deploy: t.Mapping[str, t.Any], release_id: str, 
 
 def main() -> None:
     """Run the module."""
+    os.umask(0o022)  # whatever the session has
     module = AnsibleModule(
         argument_spec={
             **ARGUMENTS,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import typing as t
 
 from ansible.module_utils.basic import AnsibleModule
@@ -68,6 +69,7 @@ def survey(layout: Layout) -> list[dict[str, t.Any]]:
 
 def main() -> None:
     """Run the module."""
+    os.umask(0o022)  # whatever the session has
     module = AnsibleModule(
         argument_spec={"app": {"type": "str", "required": True}, "root": {"type": "path", "required": True}},
         supports_check_mode=True,
