@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import os
+
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.deploy_lock import DeployLock
 
@@ -45,6 +47,7 @@ released:
 
 def main() -> None:
     """Run the module."""
+    os.umask(0o022)  # whatever the session has
     module = AnsibleModule(
         {"path": {"type": "path", "required": True}, "token": {"type": "str", "required": True, "no_log": False}},
         supports_check_mode=True,

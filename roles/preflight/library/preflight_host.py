@@ -179,6 +179,7 @@ def facts(release: t.Mapping[str, str]) -> dict[str, t.Any]:
 
 def main() -> None:
     """Run the module."""
+    os.umask(0o022)  # whatever the session has
     module = AnsibleModule(
         {
             "platforms": {"type": "dict", "required": True},

@@ -1,0 +1,80 @@
+"""Action plugin: change the firewall's rules, prove by a new login that one can still get in, and only then keep them.
+
+Runs the module of the same name, which documents what happens on the server. Its own part, on the control node: between
+the change and its being kept it opens a second, fresh connection, because the one that is there belongs to what the
+kernel knows already and passes any rules. When that does not work the rules before are brought back, through the
+connection that is still open, or by the server's own timer.
+
+Arguments, beside the module's own:
+    settings_file: where an operator corrects ssh_sources.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import typing as t
+from pathlib import Path
+from types import ModuleType
+
+from ansible.errors import AnsibleError
+from ansible.plugins.action import ActionBase
+
+PREFLIGHT = Path(__file__).resolve().parents[2] / "preflight"
+
+
+def _second_connection() -> ModuleType:
+    """Import role preflight's plugin_utils/second_connection.py."""
+    file = PREFLIGHT / "plugin_utils" / "second_connection.py"
+    spec = importlib.util.spec_from_file_location("second_connection", file)
+    assert spec is not None and spec.loader is not None  # noqa: S101, PT018 - it is a file of this project
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class ActionModule(ActionBase):
+    """Apply, prove, and keep or undo."""
+
+    _supports_check_mode = True
+
+    def run(self, tmp: str | None = None, task_vars: dict[str, t.Any] | None = None) -> dict[str, t.Any]:
+        """Return what the module returns, or a failure that says what to correct and that the rules are as before."""
+        super().run(tmp, task_vars)
+        self.task_vars = task_vars or {}
+        arguments = dict(self._task.args)
+        settings = arguments.pop("settings_file", "group_vars/all/vars.yml")
+        result = self._module(arguments)
+        if result.get("failed"):
+            return self._failure(str(result.get("msg", "failed")))
+        if not result.get("armed"):
+            return result
+        second = _second_connection()
+        if second.goes_by_ssh(self._connection):
+            proof = second.log_in(self._connection, self._play_context, None)
+            if not proof.ok:
+                text = (
+                    f"with the new rules nobody logs in from here: {proof.reason}. Look at ssh_sources and ssh_port "
+                    f"({settings}): this control node's address has to be among the sources, as the server sees it"
+                )
+                return self._undo(text, int(arguments.get("undo_seconds", 60)))
+        kept = self._module({"state": "kept"})
+        return self._failure(str(kept.get("msg", "failed"))) if kept.get("failed") else result
+
+    def _undo(self, text: str, seconds: int) -> dict[str, t.Any]:
+        try:
+            undone = self._module({"state": "undone"})
+        except AnsibleError:
+            undone = {"failed": True}
+        if undone.get("failed"):
+            return self._failure(text, f"The server goes back to the rules before by itself, within {seconds} seconds.")
+        return self._failure(text)
+
+    def _module(self, arguments: dict[str, t.Any]) -> dict[str, t.Any]:
+        result: dict[str, t.Any] = self._execute_module(
+            module_name="firewall_rules", module_args=arguments, task_vars=self.task_vars
+        )
+        return result
+
+    def _failure(self, text: str, ending: str = "The rules are those from before.") -> dict[str, t.Any]:
+        text = text if text.endswith(".") else f"{text}."
+        return {"failed": True, "changed": False, "msg": f"{self.task_vars['inventory_hostname']}: {text}\n{ending}"}
