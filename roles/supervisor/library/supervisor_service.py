@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,10 @@ description:
 options:
   dropin:
     {description: The unit's drop-in., type: path, required: true}
+  sandbox:
+    {description: The drop-in with its sandbox; empty where it has none., type: str, default: ""}
+  running_sandbox:
+    {description: Copy of that as systemd read it when it last started supervisord., type: path, required: true}
   configuration:
     {description: The file that supervisord reads at its start., type: path, required: true}
   running_configuration:
@@ -51,7 +56,7 @@ class Unit:
     pid: int
 
 
-def read_unit(module: AnsibleModule, dropin: str) -> Unit:
+def read_unit(module: AnsibleModule, dropins: list[str]) -> Unit:
     """Ask systemd for the unit's state."""
     names = "LoadState,ActiveState,UnitFileState,NeedDaemonReload,DropInPaths,LimitNOFILE,MainPID"
     _, output, _ = module.run_command(["/usr/bin/systemctl", "show", UNIT, "--property", names], check_rc=True)
@@ -63,7 +68,7 @@ def read_unit(module: AnsibleModule, dropin: str) -> Unit:
         enabled=values["UnitFileState"] == "enabled",
         # systemd 252, Debian 12's, does not notice a unit's first drop-in by itself.
         outdated=values["NeedDaemonReload"] == "yes"
-        or (Path(dropin).is_file() and dropin not in values.get("DropInPaths", "").split()),
+        or any(Path(path).is_file() and path not in values.get("DropInPaths", "").split() for path in dropins),
         open_files=int(limit) if limit.isdigit() else 0,
         pid=int(values["MainPID"]),
     )
@@ -76,6 +81,21 @@ def open_files(pid: int) -> tuple[int, int]:
             soft, hard = line.split()[3:5]
             return int(soft) if soft.isdigit() else 0, int(hard) if hard.isdigit() else 0
     return 0, 0
+
+
+def sandboxed(pid: int) -> bool:
+    """Return whether a process is in a sandbox: none of ours gives privileges that its parent has not."""
+    return "NoNewPrivs:\t1\n" in Path(f"/proc/{pid}/status").read_text()
+
+
+def sandbox_is_other(pid: int, sandbox: str, running: Path) -> bool:
+    """Return whether a process runs in another sandbox than the one on disk, or without, or should be without."""
+    if sandboxed(pid) != bool(sandbox):
+        return True
+    # In check mode it may be on disk nowhere yet.
+    if not sandbox or not Path(sandbox).is_file():
+        return False
+    return not running.is_file() or running.read_bytes() != Path(sandbox).read_bytes()
 
 
 def restart_is_due(unit: Unit, configuration: Path, running: Path) -> bool:
@@ -115,9 +135,12 @@ def wait_until_it_answers(module: AnsibleModule, seconds: int) -> None:
 
 def main() -> None:
     """Do what is due."""
+    os.umask(0o022)  # whatever the session has
     module = AnsibleModule(
         argument_spec={
             "dropin": {"type": "path", "required": True},
+            "sandbox": {"type": "str", "default": ""},
+            "running_sandbox": {"type": "path", "required": True},
             "configuration": {"type": "path", "required": True},
             "running_configuration": {"type": "path", "required": True},
             "start_timeout": {"type": "int", "default": 20},
@@ -125,6 +148,7 @@ def main() -> None:
         supports_check_mode=True,
     )
     p = module.params
+    dropins = [path for path in (p["dropin"], p["sandbox"]) if path]
     actions: list[str] = []
 
     def act(action: str) -> None:
@@ -133,21 +157,23 @@ def main() -> None:
             arguments = [] if action == "daemon-reload" else [UNIT]
             module.run_command(["/usr/bin/systemctl", action, *arguments], check_rc=True)
 
-    unit = read_unit(module, p["dropin"])
+    unit = read_unit(module, dropins)
     if not unit.installed:
         if not module.check_mode:
             module.fail_json(msg=f"There is no {UNIT} on this server, although its package should be installed")
         module.exit_json(changed=True, actions=["enable", "start"])
     if unit.outdated:
         act("daemon-reload")
-        unit = read_unit(module, p["dropin"])
+        unit = read_unit(module, dropins)
     if not unit.enabled:
         act("enable")
 
     waiting: list[str] = []
     if not unit.active:
         act("start")
-    elif restart_is_due(unit, Path(p["configuration"]), Path(p["running_configuration"])):
+    elif restart_is_due(unit, Path(p["configuration"]), Path(p["running_configuration"])) or sandbox_is_other(
+        unit.pid, p["sandbox"], Path(p["running_sandbox"])
+    ):
         waiting = programs(module)
         if not waiting:
             act("restart")

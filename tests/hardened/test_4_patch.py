@@ -1,0 +1,103 @@
+"""Updates of the operating system: one server at a time, nothing where nothing is due, an end at the first failure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from tests.harness import APP
+
+PATCH = "playbooks/patch.yml"
+PACKAGE = "hardstand-probe"
+
+# A package and a repository of our own, on the server: whatever update a test needs, whatever Debian has today.
+PUBLISH = """set -e
+mkdir -p /srv/probe/build/DEBIAN
+cd /srv/probe
+printf 'Package: {package}\\nVersion: {version}\\nArchitecture: all\\nMaintainer: nobody\\nDescription: probe\\n' \
+    > build/DEBIAN/control
+printf '#!/bin/sh\\n{postinst}\\n' > build/DEBIAN/postinst
+chmod 0755 build build/DEBIAN build/DEBIAN/postinst
+dpkg-deb --build --root-owner-group build probe.deb > /dev/null
+{{ cat build/DEBIAN/control; echo "Filename: ./probe.deb"; echo "Size: $(stat -c %s probe.deb)"
+   echo "SHA256: $(sha256sum probe.deb | cut -d ' ' -f 1)"; }} > Packages
+chmod -R a+rX /srv/probe
+echo 'deb [trusted=yes] file:/srv/probe ./' > /etc/apt/sources.list.d/probe.list
+"""
+REMOVE = (
+    f"rm -rf /srv/probe /etc/apt/sources.list.d/probe.list; dpkg --purge --force-all {PACKAGE} 2> /dev/null;"
+    " apt-get -qq update"
+)
+VERSION = f"dpkg-query --show --showformat '${{Version}} ${{db:Status-Abbrev}}' {PACKAGE}"
+
+
+@pytest.fixture
+def publish(site: Any) -> Iterator[Callable[..., None]]:
+    """Publish a version of the package on a server; the first one is installed."""
+
+    def version(server: Any, number: int, postinst: str = "exit 0") -> None:
+        server.sh(PUBLISH.format(package=PACKAGE, version=number, postinst=postinst))
+        if number == 1:
+            server.sh(f"apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install {PACKAGE}")
+
+    yield version
+    for name in site.names:
+        site.server(name).sh(REMOVE)
+
+
+def apps(site: Any) -> list[Any]:
+    """Return the servers that the application runs on, in the inventory's order."""
+    servers = [site.server(name) for name in site.names]
+    return [server for server in servers if server.sh(f"test -L /srv/{APP}/run/live.sock && echo yes || true").strip()]
+
+
+def starts(server: Any) -> str:
+    """Return when supervisord and nginx were started."""
+    found: str = server.sh("systemctl show supervisor nginx --property ActiveEnterTimestampMonotonic")
+    return found
+
+
+def test_nothing_is_touched_where_nothing_is_due(site: Any) -> None:
+    # Whatever Debian has published since the servers were made.
+    assert site.ansible(PATCH, patch_reboot="never").code == 0
+    servers = apps(site)
+    before = [starts(server) for server in servers]
+    done = site.ansible(PATCH, patch_reboot="never")
+    assert (done.code, done.changed) == (0, 0)
+    assert "nothing to do" in done.output
+    assert [starts(server) for server in servers] == before
+
+
+@pytest.mark.once
+def test_an_update_comes_and_the_lock_is_given_back(site: Any, publish: Callable[..., None]) -> None:
+    server = apps(site)[0]
+    publish(server, 1)
+    publish(server, 2)
+    done = site.ansible(PATCH, patch_reboot="never")
+    assert done.code == 0, done.output
+    assert f"1 updated: {PACKAGE}" in done.output
+    assert server.sh(VERSION).strip() == "2 ii"
+    assert server.sh(f"ls /run/lock/hardstand-{APP}.lock 2> /dev/null || true") == ""
+    assert site.ansible("playbooks/status.yml", status_fail=False).code == 0
+
+
+def test_it_ends_at_the_first_failure_and_goes_on_later(site: Any, publish: Callable[..., None]) -> None:
+    servers = apps(site)
+    for server in servers:
+        publish(server, 1)
+        publish(server, 2, postinst="exit 1")
+    done = site.ansible(PATCH, patch_reboot="never")
+    assert done.code != 0
+    assert "run playbooks/patch.yml again" in done.output
+    assert server.sh(f"ls /run/lock/hardstand-{APP}.lock 2> /dev/null || true") == ""
+    # dpkg's own word for a package whose script failed; the servers after the first have not seen it.
+    states = [server.sh(VERSION).strip() for server in servers]
+    assert states[0].startswith("2 iF")
+    assert states[1:] == ["1 ii"] * (len(servers) - 1)
+
+    for server in servers:
+        publish(server, 3)
+    assert site.ansible(PATCH, patch_reboot="never").code == 0
+    assert {server.sh(VERSION).strip() for server in servers} == {"3 ii"}
