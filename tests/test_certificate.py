@@ -146,6 +146,8 @@ def test_each_fault_is_named_with_its_setting(settings: dict[str, Any], says: st
         ({"certificate_names": ["good.example.org", "bad name"]}, 'certificate_names: "bad name" is neither'),
         ({"certificate_ca_directory": ""}, "certificate_mode private_ca needs certificate_ca_directory"),
         ({"certificate_renew_days": 365}, "certificate_renew_days must be less"),
+        ({"certificate_crl_url": "https://blog.example.org/ca.crl"}, "certificate_crl_url"),
+        ({"certificate_revoked": ["not hex"]}, 'certificate_revoked: "not hex" is no serial number'),
     ],
 )
 def test_a_wrong_setting_is_named(settings: dict[str, Any], says: str) -> None:
@@ -207,7 +209,11 @@ def converge(module: ModuleType, tmp_path: Path) -> Converge:
             "name": "blog",
             "subject_alt_names": ["DNS:blog.example.org", "IP:2001:db8::1"],
             "client": False,
+            "crl_url": "",
+            "crl": "",
             "group": "root",
+            "temporary": False,
+            "not_renewed_by": None,
             "certificate": None,
             "private_key": None,
         }
@@ -236,6 +242,39 @@ def test_the_request_names_what_was_asked_for_and_no_authority(converge: Converg
     assert names.get_values_for_type(x509.IPAddress) == [ipaddress.ip_address("2001:db8::1")]
     assert not request.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
     assert request.is_signature_valid
+
+
+def test_a_request_says_where_the_list_of_revoked_certificates_is(converge: Converge) -> None:
+    def points(url: str) -> list[str]:
+        request = x509.load_pem_x509_csr(converge(crl_url=url)["csr"].encode())
+        return [
+            name.value
+            for extension in request.extensions
+            if isinstance(extension.value, x509.CRLDistributionPoints)
+            for point in extension.value
+            for name in point.full_name or []
+        ]
+
+    assert points("") == []
+    assert points("http://blog.example.org/ca.crl") == ["http://blog.example.org/ca.crl"]
+
+
+def test_the_list_is_put_in_place_once_and_as_clients_expect_it(converge: Converge, tmp_path: Path) -> None:
+    made = (
+        x509.CertificateRevocationListBuilder()
+        .issuer_name(ROOT.name)
+        .last_update(NOW)
+        .next_update(NOW + DAY)
+        .sign(ROOT.key, hashes.SHA256())
+    )
+    text = made.public_bytes(serialization.Encoding.PEM).decode()
+    converge()
+    assert converge(crl=text, check=True)["changed"]
+    assert not (tmp_path / "ssl/blog.crl").exists()
+    assert converge(crl=text)["changed"]
+    assert x509.load_der_x509_crl((tmp_path / "ssl/blog.crl").read_bytes()) == made
+    assert (tmp_path / "ssl/blog.crl").stat().st_mode & 0o777 == 0o644
+    assert not converge(crl=text)["changed"]
 
 
 @pytest.mark.parametrize("client", [False, True])
@@ -322,3 +361,59 @@ def test_a_server_without_openssl_is_told_so(
     assert converge(check=True)["changed"]
     with pytest.raises(module.PairError, match="install the Debian package openssl"):
         converge()
+
+
+def test_a_temporary_certificate_is_signed_with_the_key_itself_and_replaces_none(
+    converge: Converge, tmp_path: Path
+) -> None:
+    assert converge(temporary=True, check=True)["changed"]
+    assert not (tmp_path / "ssl").exists()
+    assert converge(temporary=True)["changed"]
+    made = x509.load_pem_x509_certificate((tmp_path / "ssl/blog.crt").read_bytes())
+    made.verify_directly_issued_by(made)
+    names = made.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == ["blog.example.org"]
+    assert not converge(temporary=True)["changed"]
+    converge(certificate=CHAIN, private_key=pem(KEY))
+    assert not converge(temporary=True)["changed"]
+    assert (tmp_path / "ssl/blog.crt").read_text() == CHAIN
+
+
+def test_what_renewed_a_pair_of_another_authority_is_stopped(
+    converge: Converge, module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "UNITS", tmp_path)
+    for kind in ("timer", "service"):
+        (tmp_path / f"hardstand-test-none.{kind}").touch()
+    converge()
+    assert converge(not_renewed_by="hardstand-test-none", check=True)["changed"]
+    assert (tmp_path / "hardstand-test-none.timer").exists()
+    assert converge(not_renewed_by="hardstand-test-none")["changed"]
+    assert not list(tmp_path.glob("hardstand-test-none.*"))
+    assert not converge(not_renewed_by="hardstand-test-none")["changed"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"certificate_names": ["192.0.2.1"]}, 'certificate_names: "192.0.2.1" is an address'),
+        ({"certificate_names": ["*.example.org"]}, 'certificate_names: "*.example.org" stands for many names'),
+        ({"certificate_names": ["localhost"]}, 'certificate_names: "localhost" is no name'),
+        ({"certificate_acme_directory": "http://acme.example.org/"}, "certificate_acme_directory"),
+        ({"certificate_acme_eab_key_id": "kid"}, "certificate_acme_eab_key_id and certificate_acme_eab_hmac_key"),
+        ({"certificate_acme_webroot": "acme"}, "certificate_acme_webroot"),
+    ],
+)
+def test_a_wrong_setting_for_acme_is_named(settings: dict[str, Any], says: str) -> None:
+    given = {"certificate_mode": "acme", "certificate_name": "blog", "certificate_names": ["blog.example.org"]}
+    assert evaluate("certificate", "_certificate_problems", **given) == []
+    (problem,) = evaluate("certificate", "_certificate_problems", **(given | settings))
+    assert problem.startswith(says)
+
+
+def test_certbot_is_pinned_with_all_that_it_needs() -> None:
+    lines = (ROLES / "certificate/files/certbot-requirements.txt").read_text().splitlines()
+    packages = [line for line in lines if line and not line.startswith((" ", "#"))]
+    assert any(line.startswith("certbot==5.") for line in packages)
+    assert all("==" in line for line in packages)
+    assert len([line for line in lines if "--hash=sha256:" in line]) >= len(packages)

@@ -96,23 +96,150 @@ def test_debian_13_gets_http2_and_the_post_quantum_key_exchange() -> None:
     assert "listen 443 ssl;" in files[SITE]
     assert "http2 on;" in files[SITE]
     assert "http2 on;" in files[SHARED]
-    assert "ssl_ecdh_curve X25519MLKEM768:X25519:prime256v1:secp384r1;" in files[SHARED]
+    assert "ssl_ecdh_curve ?X25519MLKEM768:X25519:prime256v1:secp384r1;" in files[SHARED]
 
 
-def test_every_block_with_headers_of_its_own_repeats_hsts() -> None:
+HEADERS = "/etc/nginx/snippets/hardstand-headers-blog.conf"
+
+
+def sent_headers(**settings: Any) -> dict[str, str]:
+    """Return the headers that clients get when the application sends none of its own."""
+    files = render(**settings)
+    maps = {
+        name: re.sub(r"\\(.)", r"\1", value)
+        for name, value in re.findall(
+            r'^map \$upstream_http_\w+ (\$\w+) {\s+default "";\s+"" "(.*)";\s+}$', files[SITE], re.MULTILINE
+        )
+    }
+    return {
+        name: maps.get(value, value) for name, value in re.findall(r"add_header (\S+) (.*) always;", files[HEADERS])
+    }
+
+
+@pytest.mark.parametrize("place", [{}, BALANCER], ids=["alone", "balancer"])
+def test_every_block_with_headers_of_its_own_has_the_common_ones(place: dict[str, Any]) -> None:
     """A nested add_header silently drops those of the block around it."""
-    (server,) = [block for block in blocks(render()[SITE], "server") if " ssl" in block]
+    (server,) = [block for block in blocks(render(**place)[SITE], "server") if " ssl" in block]
     with_headers = [block for block in blocks(server, "location") if "add_header" in block]
     assert len(with_headers) >= 2
     for block in [server, *with_headers]:
-        assert 'add_header Strict-Transport-Security "max-age=63072000" always;' in block
+        assert "include snippets/hardstand-headers-blog.conf;" in block
+
+
+def test_headers_ask_of_browsers_what_no_page_misses() -> None:
+    headers = sent_headers()
+    assert headers["X-Content-Type-Options"] == "nosniff"
+    assert headers["X-Frame-Options"] == "SAMEORIGIN"
+    assert headers["Referrer-Policy"] == "strict-origin-when-cross-origin"
+    assert headers["Content-Security-Policy"] == "object-src 'none'; base-uri 'self'"
+    # An application that forbids frames with X-Frame-Options alone would be overruled by frame-ancestors.
+    assert "frame-ancestors" not in headers["Content-Security-Policy"]
+    assert {"Permissions-Policy", "Cross-Origin-Opener-Policy", "Cross-Origin-Resource-Policy"} <= headers.keys()
+
+
+def test_each_header_can_be_another_or_none() -> None:
+    ours = {"X-Frame-Options": "", "X-New": 'a "quoted" \\ value', "Referrer-Policy": "no-referrer"}
+    headers = sent_headers(nginx_response_headers=ours, nginx_content_security_policy="")
+    assert "X-Frame-Options" not in headers
+    assert "Content-Security-Policy" not in headers
+    assert headers["X-New"] == ours["X-New"]
+    assert headers["Referrer-Policy"] == "no-referrer"
 
 
 def test_hsts_is_never_sent_over_plain_http_and_can_be_left_out() -> None:
     (plain,) = [block for block in blocks(render()[SITE], "server") if " ssl" not in block]
-    assert "Strict-Transport-Security" not in plain
-    assert "Strict-Transport-Security" not in render(nginx_hsts_max_age=0)[SITE]
-    assert '"max-age=63072000; includeSubDomains"' in render(nginx_hsts_include_subdomains=True)[SITE]
+    assert "hardstand-headers" not in plain
+    assert sent_headers()["Strict-Transport-Security"] == "max-age=63072000"
+    assert "Strict-Transport-Security" not in sent_headers(nginx_hsts_max_age=0)
+    settings = {"nginx_hsts_include_subdomains": True, "nginx_hsts_preload": True}
+    assert sent_headers(**settings)["Strict-Transport-Security"] == "max-age=63072000; includeSubDomains; preload"
+
+
+@pytest.mark.parametrize(("policy", "protocols"), [("intermediate", "TLSv1.2 TLSv1.3"), ("modern", "TLSv1.3")])
+def test_tls_follows_the_policy(policy: str, protocols: str) -> None:
+    shared = render(nginx_tls_policy=policy)[SHARED]
+    assert f"ssl_protocols {protocols};" in shared
+    assert ("ssl_ciphers" in shared) == (policy == "intermediate")
+
+
+def test_http3_is_offered_where_nginx_has_it() -> None:
+    assert "quic" not in render()[SITE] + render()[SHARED]
+    assert "Alt-Svc" not in sent_headers()
+    on: dict[str, Any] = {"nginx_http3": True, "nginx_public_https_port": 8443}
+    files = render(**on)
+    assert "listen 443 quic;" in files[SITE]
+    assert "listen [::]:443 quic reuseport default_server;" in files[SHARED]
+    assert sent_headers(**on)["Alt-Svc"] == """'h3=":8443"; ma=86400'"""
+    older = render(DEBIAN_12, nginx_http3=True)
+    assert "quic" not in older[SITE] + older[SHARED]
+    assert "quic" not in render(**MEMBER, nginx_http3=True)[SITE]
+
+
+def test_limits_are_settings_and_off() -> None:
+    assert "limit_" not in render()[SITE]
+    site = render(nginx_rate_limit=5, nginx_rate_burst=7, nginx_connection_limit=3)[SITE]
+    assert "zone=hardstand-blog-requests:10m rate=5r/s;" in site
+    assert "limit_req zone=hardstand-blog-requests burst=7 nodelay;" in site
+    assert "limit_conn hardstand-blog-connections 3;" in site
+    assert "error_page 429 /.hardstand/limited.$hardstand_page_type;" in site
+    assert "limit_req zone=hardstand-blog-requests;" in render(nginx_rate_limit=5, nginx_rate_burst=0)[SITE]
+    # A load balancer has counted already, and all requests come from it.
+    assert "limit_" not in render(**MEMBER, nginx_rate_limit=5, nginx_connection_limit=3)[SITE]
+
+
+def test_networks_are_counted_together() -> None:
+    (client,) = [block for block in blocks(render(nginx_rate_limit=5)[SITE], "map") if "_client" in block]
+    (pattern,) = re.findall(r'"~(.*?)" ', client)
+    network = re.compile(pattern.replace("?<", "?P<"))
+    found = network.match("2001:db8:1:2:3:4:5:6")
+    assert found
+    assert found[1] == "2001:db8:1:2"
+    assert not network.match("192.0.2.1")
+    assert not network.match("2001:db8::1")
+    assert '127.0.0.1 "";' in client
+
+
+def test_answers_are_compressed_only_when_told_to() -> None:
+    def proxied(**settings: Any) -> str:
+        (block,) = [block for block in blocks(render(**settings)[SITE], "location") if "proxy_pass" in block]
+        return block
+
+    assert "gzip off;" in proxied()
+    assert "gzip off;" not in proxied(nginx_compress_answers=True)
+    assert "gzip on;" in render()[SHARED]
+
+
+def test_an_acme_authority_is_answered_by_plain_http() -> None:
+    def plain(**settings: Any) -> str:
+        (block,) = [block for block in blocks(render(**settings)[SITE], "server") if " ssl" not in block]
+        return block
+
+    assert "acme" not in plain()
+    answers = "/var/lib/hardstand/acme-challenge"
+    (location,) = [
+        block for block in blocks(plain(nginx_acme_webroot=answers), "location") if "^~ /.well-known/" in block
+    ]
+    assert f"root {answers};" in location
+    assert "error_page" not in location
+
+
+def test_the_list_of_revoked_certificates_is_there_by_plain_http() -> None:
+    assert "hardstand-ca.crl" not in render()[SITE]
+    site = render(nginx_crl_file="/etc/ssl/hardstand/blog.crl")[SITE]
+    (plain,) = [block for block in blocks(site, "server") if " ssl" not in block]
+    assert "location = /.well-known/hardstand-ca.crl {" in plain
+    assert "alias /etc/ssl/hardstand/blog.crl;" in plain
+
+
+def test_what_a_load_balancer_cannot_answer_is_asked_of_the_others_once() -> None:
+    settings = BALANCER | {"nginx_acme_webroot": "/acme", "nginx_acme_peers": ["10.0.0.8", "fd00::9"]}
+    site = render(**settings)[SITE]
+    (others,) = [block for block in blocks(site, "upstream") if "-acme" in block]
+    assert re.findall(r"server (.*) max_fails=0;", others) == ["10.0.0.8:80", "[fd00::9]:80"]
+    (peers,) = [block for block in blocks(site, "location") if "location @hardstand-acme-peers" in block]
+    assert re.search(r"if \(\$http_x_hardstand_forwarded\) {\s+return 404;", peers)
+    assert "proxy_set_header X-Hardstand-Forwarded 1;" in peers
+    assert "acme" not in render(**MEMBER | {"nginx_acme_webroot": "/acme", "nginx_acme_peers": ["10.0.0.8"]})[SITE]
 
 
 @each_place
@@ -159,7 +286,8 @@ def test_connections_to_the_upstream_end_within_two_seconds(place: dict[str, Any
 def test_unknown_names_reach_no_application() -> None:
     defaults = [block for block in blocks(render()[SHARED], "server") if "default_server" in block]
     assert len(defaults) == 2
-    assert all("return 444;" in block for block in defaults)
+    assert ["return 444;" in block for block in defaults] == [True, False]
+    assert ["return 421;" in block for block in defaults] == [False, True]
     assert ["ssl_reject_handshake on;" in block for block in defaults] == [" ssl " in block for block in defaults]
     assert "default_server" not in render()[SITE]
 
@@ -271,7 +399,9 @@ def test_a_member_believes_load_balancers_alone() -> None:
 def test_headers_for_clients_come_from_the_load_balancer_alone() -> None:
     added = re.findall(r"add_header (\S+)", render(**MEMBER)[SITE])
     assert set(added) == {"Cache-Control", "Retry-After"}
-    assert "add_header X-Request-ID" in render(**BALANCER)[SITE]
+    assert "add_header X-Request-ID" in render(**BALANCER)[HEADERS]
+    # Not to be without it whoever it answers; the load balancer passes it on.
+    assert sent_headers(**MEMBER) == {"Strict-Transport-Security": "max-age=63072000"}
     assert "hardstand_peer buffer" in render(**MEMBER)[SITE]
 
 
@@ -361,6 +491,13 @@ def test_sound_settings_are_no_problem() -> None:
         ("nginx_upstream_servers", ["app1:8443"]),
         ("nginx_maintenance_paths", ["health"]),
         ("nginx_maintenance_allow", ["office"]),
+        ("nginx_content_security_policy", "script-src 'nonce-$x'"),
+        ("nginx_response_headers", {"X Y": "z"}),
+        ("nginx_response_headers", {"X-Y": "a\nb"}),
+        ("nginx_hsts_preload", True),
+        ("nginx_acme_webroot", "acme"),
+        ("nginx_acme_peers", ["lb2"]),
+        ("nginx_crl_file", "ca.crl"),
     ],
 )
 def test_a_wrong_setting_is_named(name: str, value: Any) -> None:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +222,11 @@ class TestModule:
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", found[0]["ends"])
         assert [entry["problem"] for entry in found] == ["", "is no certificate that openssl can read", "is not there"]
 
+    def test_records_of_renewals(self, host: Host) -> None:
+        (host.directory / "blog.json").write_text('{"failures": 3}')
+        paths = [str(host.directory / name) for name in ("blog.json", "other.json")]
+        assert host.ask(certificate_records=paths)["renewals"] == {"blog": {"failures": 3}, "other": {}}
+
     def test_nobody_answers_clients(self, host: Host) -> None:
         answer = host.ask(url={"port": 1, "name": "a.test", "path": "/health"})["answer"]
         assert not answer["ok"]
@@ -357,6 +362,7 @@ def app_status(**changes: Any) -> dict[str, Any]:
         "nginx": "active",
         "answer": None,
         "certificates": [{"path": "/etc/ssl/x.crt", "ends": "2027-02-14T00:00:00Z", "days": 82, "problem": ""}],
+        "renewals": {},
         "disks": [{"directories": ["/"], "free_mb": 12_345, "free_percent": 61, "inodes_percent": 90}],
         "lock": None,
         "maintenance": None,
@@ -515,6 +521,51 @@ class TestProblems:
     def test_one_thing(self, changes: dict[str, Any], text: str) -> None:
         (found,) = problems(app2={"status": app_status(**changes)})
         assert found.startswith(text)
+
+    @pytest.mark.parametrize(
+        ("days", "changes", "text"),
+        [
+            # Renewed at 30 of 90 days, so that status_certificate_days is not its limit; a week without a renewal is.
+            (27, {}, None),
+            (23, {}, None),
+            (22, {}, "ends on 2026-12-16T12:00:00Z and should have been renewed by now"),
+            (27, {"failures": 1, "message": "refused"}, None),
+            (
+                60,
+                {"failures": 2, "message": "refused"},
+                "is not renewed: 2 attempts have failed, the last that went well was at 2026-11-24T02:00:00Z: refused",
+            ),
+            (60, {"temporary": True, "message": "refused"}, "is a temporary one that no client trusts: refused"),
+            (60, {"missing": ["www.x"], "failures": 1, "message": "no host"}, "does not cover www.x: no host"),
+            (60, {"reload_due": True}, "is new, and services do not use it yet"),
+            (60, {"checked": "2026-11-22T14:00:00Z"}, "was not looked after since 2026-11-22T14:00:00Z"),
+        ],
+    )
+    def test_a_certificate_that_renews_itself(self, days: int, changes: dict[str, Any], text: str | None) -> None:
+        now = datetime(2026, 11, 24, 12, tzinfo=UTC)
+        starts, ends = now + timedelta(days=days - 90), now + timedelta(days=days)
+        record = {
+            "names": ["x"],
+            "missing": [],
+            "temporary": False,
+            "starts": f"{starts:%Y-%m-%dT%H:%M:%SZ}",
+            "ends": f"{ends:%Y-%m-%dT%H:%M:%SZ}",
+            "checked": "2026-11-24T02:00:00Z",
+            "succeeded": "2026-11-24T02:00:00Z",
+            "failures": 0,
+            "message": "",
+            "reload_due": False,
+            **changes,
+        }
+        certificate = {"path": "/ssl/x.crt", "days": days, "ends": record["ends"], "problem": ""}
+        found = problems(app2={"status": app_status(certificates=[certificate], renewals={"x": record})})
+        assert len(found) == (text is not None)
+        assert all(problem.startswith(f"app2: certificate /ssl/x.crt {text}") for problem in found)
+
+    def test_a_certificate_that_was_never_asked_for(self) -> None:
+        certificate = {"path": "/ssl/x.crt", "days": 6, "ends": "2026-12-01T00:00:00Z", "problem": ""}
+        (found,) = problems(app2={"status": app_status(certificates=[certificate], renewals={"x": {}})})
+        assert found == "app2: certificate /ssl/x.crt was never asked for; deploy.yml does"
 
     def test_the_limits_themselves_are_well(self) -> None:
         certificate = {"path": "/c", "days": 21, "ends": "2026-12-15T00:00:00Z", "problem": ""}

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import base64
 import grp
 import os
 import subprocess
@@ -36,6 +37,16 @@ options:
     type: list
     elements: str
     default: []
+  crl_url:
+    description: Where clients find which certificates of the authority no longer count, for the signing request.
+    type: str
+    default: ""
+  crl:
+    description:
+      - That list (PEM), to put at I(directory)/I(name).crl (0644), in the form (DER) that clients expect.
+      - Empty for none.
+    type: str
+    default: ""
   client:
     description: Whether the signing request is for a certificate that its owner can also be a client with.
     type: bool
@@ -44,6 +55,17 @@ options:
     description: Group that may read the key. It must exist; in check mode it need not yet.
     type: str
     default: root
+  temporary:
+    description:
+      - Whether to sign a certificate for I(subject_alt_names) with the key itself where there is none, so that a
+        service can start before an authority has given one.
+    type: bool
+    default: false
+  not_renewed_by:
+    description:
+      - Name of a systemd timer that renewed the pair while it was another authority's; stopped and removed with its
+        service, so that it does not replace what is put in place here.
+    type: str
   certificate:
     description: Certificate chain (PEM, the server's own first) to put in place. Without it the present one stays.
     type: str
@@ -86,6 +108,7 @@ csr:
 KEY_MODE = 0o640
 CERTIFICATE_MODE = 0o644
 DIRECTORY_MODE = 0o755
+UNITS = Path("/etc/systemd/system")
 
 
 class PairError(Exception):
@@ -134,7 +157,7 @@ def new_key() -> str:
     return openssl("genpkey", "-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256")
 
 
-def signing_request(key_file: Path, subject_alt_names: list[str], *, client: bool) -> str:
+def signing_request(key_file: Path, subject_alt_names: list[str], *, client: bool, crl_url: str = "") -> str:
     """Return a signing request (PEM) for `subject_alt_names`, signed with the key in `key_file`.
 
     The first name becomes the common name, for people; clients look at the alternative names alone.
@@ -154,10 +177,18 @@ def signing_request(key_file: Path, subject_alt_names: list[str], *, client: boo
             "keyUsage = critical,digitalSignature",
             f"extendedKeyUsage = serverAuth{',clientAuth' if client else ''}",
             f"subjectAltName = {','.join(subject_alt_names)}",
+            f"crlDistributionPoints = URI:{crl_url}" if crl_url else "",
             "",
         ]
     )
     return openssl("req", "-new", "-key", str(key_file), "-config", "/dev/stdin", stdin=configuration)
+
+
+def self_signed(request: str, key_file: Path) -> str:
+    """Return a certificate (PEM) that says what `request` does and is signed with the key in `key_file`, for a week."""
+    return openssl(
+        "x509", "-req", "-days", "7", "-copy_extensions", "copyall", "-signkey", str(key_file), stdin=request
+    )
 
 
 def read(path: Path) -> str:
@@ -166,6 +197,32 @@ def read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         return ""
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return the content of `path`, or nothing when it does not exist."""
+    return path.read_bytes() if path.exists() else b""
+
+
+def der_of_crl(text: str) -> bytes:
+    """Return a list of revoked certificates (PEM) in the binary form that RFC 5280 has it served in.
+
+    Raises PairError when it is none.
+    """
+    body = text.partition("-----BEGIN X509 CRL-----")[2].partition("-----END X509 CRL-----")[0]
+    try:
+        return base64.b64decode("".join(body.split()), validate=True)
+    except ValueError as error:
+        raise PairError(f"The list of revoked certificates is not PEM: {error}") from None
+
+
+def put_crl(path: Path, data: bytes) -> None:
+    """Replace the list at `path` as a whole."""
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with os.fdopen(descriptor, "wb") as stream:
+        stream.write(data)
+    Path(name).chmod(CERTIFICATE_MODE)
+    Path(name).replace(path)
 
 
 def replace_all(files: list[tuple[Path, str, int]]) -> None:
@@ -190,6 +247,17 @@ def replace_all(files: list[tuple[Path, str, int]]) -> None:
         raise
     for temporary, path in staged:
         temporary.replace(path)
+
+
+def stop_renewal(unit: str, *, check: bool) -> bool:
+    """Stop and remove the timer `unit` and its service. Return whether there was one."""
+    files = [path for kind in ("timer", "service") if (path := UNITS / f"{unit}.{kind}").exists()]
+    if files and not check:
+        subprocess.run(["systemctl", "disable", "--now", f"{unit}.timer"], check=False, capture_output=True)  # noqa: S603, S607
+        for path in files:
+            path.unlink()
+        subprocess.run(["systemctl", "daemon-reload"], check=False, capture_output=True)  # noqa: S607
+    return bool(files)
 
 
 def group_number(name: str, *, check: bool) -> int:
@@ -233,6 +301,8 @@ def converge(parameters: dict[str, Any], *, check: bool, diff: bool) -> dict[str
         key = new_key()
         new.append((key_file, key, KEY_MODE))
     changed = bool(new) or not key
+    if parameters["not_renewed_by"]:
+        changed |= stop_renewal(parameters["not_renewed_by"], check=check)
 
     wanted = (parameters["certificate"] or "").strip()
     replaces_certificate = bool(wanted) and wanted != certificate.strip()
@@ -242,6 +312,9 @@ def converge(parameters: dict[str, Any], *, check: bool, diff: bool) -> dict[str
             raise PairError(f"The certificate for {certificate_file} does not belong to the key; nothing was changed.")
         new.append((certificate_file, wanted + "\n", CERTIFICATE_MODE))
 
+    crl_file = directory / f"{parameters['name']}.crl"
+    replaces_crl = bool(parameters["crl"]) and der_of_crl(parameters["crl"]) != read_bytes(crl_file)
+
     if not directory.is_dir():
         changed = True
         if not check:
@@ -250,19 +323,27 @@ def converge(parameters: dict[str, Any], *, check: bool, diff: bool) -> dict[str
         changed |= fix_mode(directory, DIRECTORY_MODE, check=check)
     if not check:
         replace_all(new)
+        if replaces_crl:
+            put_crl(crl_file, der_of_crl(parameters["crl"]))
     group = group_number(parameters["group"], check=check)
     for path, mode, owner in ((key_file, KEY_MODE, group), (certificate_file, CERTIFICATE_MODE, 0)):
         if path.exists():
             changed |= fix_mode(path, mode, owner, check=check)
 
     result: dict[str, Any] = {
-        "changed": changed or bool(new),
+        "changed": changed or bool(new) or replaces_crl,
         "certificate": certificate,
         "public_key": public_key,
         "csr": "",
     }
     if parameters["subject_alt_names"] and key_file.exists():
-        result["csr"] = signing_request(key_file, parameters["subject_alt_names"], client=parameters["client"])
+        result["csr"] = signing_request(
+            key_file, parameters["subject_alt_names"], client=parameters["client"], crl_url=parameters["crl_url"]
+        )
+    if parameters["temporary"] and not certificate and not wanted:
+        result["changed"] = True
+        if not check:
+            replace_all([(certificate_file, self_signed(result["csr"], key_file), CERTIFICATE_MODE)])
     if diff and replaces_certificate:
         result["diff"] = {
             "before": describe(certificate),
@@ -275,13 +356,18 @@ def converge(parameters: dict[str, Any], *, check: bool, diff: bool) -> dict[str
 
 def main() -> None:
     """Run the module."""
+    os.umask(0o022)  # whatever the session has
     module = AnsibleModule(
         argument_spec={
             "directory": {"type": "path", "required": True},
             "name": {"type": "str", "required": True},
             "subject_alt_names": {"type": "list", "elements": "str", "default": []},
             "client": {"type": "bool", "default": False},
+            "crl_url": {"type": "str", "default": ""},
+            "crl": {"type": "str", "default": ""},
             "group": {"type": "str", "default": "root"},
+            "temporary": {"type": "bool", "default": False},
+            "not_renewed_by": {"type": "str"},
             "certificate": {"type": "str"},
             "private_key": {"type": "str", "no_log": True},
         },

@@ -53,6 +53,9 @@ options:
         would not start.
     type: bool
     default: true
+  sandbox:
+    description: Whether nginx is to run in a sandbox. A warning says so where it does not, or does and should not.
+    type: bool
   directory:
     description: nginx's directory.
     type: path
@@ -228,6 +231,14 @@ def runs() -> bool:
         return False
 
 
+def in_sandbox() -> bool | None:
+    """Return whether nginx runs in a sandbox, which can be told by what no sandbox gives; None when it does not run."""
+    if not runs():
+        return None
+    status = Path(f"/proc/{int(PID_FILE.read_text(encoding='ascii'))}/status").read_text(encoding="ascii")
+    return "NoNewPrivs:\t1\n" in status
+
+
 def is_loaded(paths: list[Path]) -> bool:
     """Return whether nginx was started or reloaded after the last change of all `paths`; True when it does not run.
 
@@ -304,6 +315,7 @@ def main() -> None:
             "absent": {"type": "list", "elements": "path", "default": []},
             "needs": {"type": "list", "elements": "path", "default": []},
             "ipv6": {"type": "bool", "default": True},
+            "sandbox": {"type": "bool"},
             "directory": {"type": "path", "default": "/etc/nginx"},
             "executable": {"type": "path", "default": "/usr/sbin/nginx"},
         },
@@ -316,6 +328,11 @@ def main() -> None:
         module.fail_json(msg=str(error), output=error.output)
     except OSError as error:
         module.fail_json(msg=str(error))
+    if module.params["sandbox"] is not None and in_sandbox() is (not module.params["sandbox"]):
+        module.warn(
+            f"nginx runs {'outside' if module.params['sandbox'] else 'inside'} its sandbox until it starts again, "
+            "because a restart would cut connections. At a quiet moment, run on this server: systemctl restart nginx"
+        )
     module.exit_json(**result)
 
 

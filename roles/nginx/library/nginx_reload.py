@@ -117,6 +117,7 @@ def reload(module: AnsibleModule) -> None:
 
 def main() -> None:
     """Run the module."""
+    os.umask(0o022)  # whatever the session has
     module = AnsibleModule(
         argument_spec={
             "timeout": {"type": "int", "default": 10},

@@ -36,6 +36,12 @@ CONNECTIONS_USED = 0.9
 NEW = timedelta(hours=1)
 UNSEEN = timedelta(hours=1)
 
+# A server that renews a certificate by itself does so when a third of the lifetime is left, and tries twice a day. One
+# failure may be anybody's; with less than this share left, a renewal is overdue whatever is said of it.
+RENEWAL_FAILURES = 2
+RENEWAL_OVERDUE = 1 / 4
+RENEWAL_UNSEEN = timedelta(days=2)
+
 # Characters in a line. A wider terminal gives more room to the commit's subject.
 WIDTH = 120
 
@@ -335,12 +341,16 @@ class Fleet:
     def resources(self, status: Facts) -> Iterator[str]:
         """Yield what is about to run out on a host."""
         for found in status["certificates"]:
+            renewal = status["renewals"].get(Path(found["path"]).stem)
             if found["problem"]:
                 yield f"certificate {found['path']} {found['problem']}"
             elif found["days"] < 0:
                 yield f"certificate {found['path']} ended on {found['ends']}"
-            elif found["days"] < self.limits["certificate_days"]:
+            elif renewal is None and found["days"] < self.limits["certificate_days"]:
                 yield f"certificate {found['path']} ends in {found['days']} days, on {found['ends']}"
+            if renewal is not None:
+                for text in self.renewal(renewal, moment(status["time"])):
+                    yield f"certificate {found['path']} {text}"
         for disk in status["disks"]:
             where = " and ".join(disk["directories"])
             few = disk["free_percent"] < self.limits["disk_free_percent"]
@@ -348,6 +358,31 @@ class Fleet:
                 yield f"{disk['free_mb']} MB ({disk['free_percent']} %) free for {where}"
             if disk["inodes_percent"] < self.limits["disk_free_percent"]:
                 yield f"{disk['inodes_percent']} % of the inodes free for {where}"
+
+    @staticmethod
+    def renewal(record: Facts, now: datetime | None) -> Iterator[str]:
+        """Yield what is wrong with the renewal of a certificate, by the record of the program that does it."""
+        if not record or now is None:
+            yield "was never asked for; deploy.yml does"
+            return
+        starts, ends, checked = moment(record["starts"]), moment(record["ends"]), moment(record["checked"])
+        why = f": {cut(record['message'], 300)}" if record["message"] else ""
+        last = (
+            f"the last that went well was at {record['succeeded']}" if record["succeeded"] else "none has gone well yet"
+        )
+        if record["temporary"]:
+            yield f"is a temporary one that no client trusts{why}"
+        elif record["missing"]:
+            yield f"does not cover {', '.join(record['missing'])}{why}"
+        elif record["failures"] >= RENEWAL_FAILURES:
+            yield f"is not renewed: {record['failures']} attempts have failed, {last}{why}"
+        elif starts and ends and ends - now < (ends - starts) * RENEWAL_OVERDUE:
+            yield f"ends on {record['ends']} and should have been renewed by now{why}"
+        if record["reload_due"]:
+            yield f"is new, and services do not use it yet{why}"
+        if checked is None or now - checked > RENEWAL_UNSEEN:
+            since = f" since {record['checked']}" if checked else ""
+            yield f"was not looked after{since}; see `systemctl list-timers 'hardstand-*'` there"
 
     def pools(self) -> Iterator[Problem]:
         """Yield what keeps load balancers from sending requests to a host."""

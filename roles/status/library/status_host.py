@@ -39,6 +39,8 @@ options:
   runs_app: {description: Whether the application runs here., type: bool, default: false}
   balances: {description: Whether this host is a load balancer., type: bool, default: false}
   certificates: {description: Certificates to look at., type: list, elements: path, default: []}
+  certificate_records:
+    {description: What is known of certificates that renew themselves., type: list, elements: path, default: []}
   directories: {description: Directories whose file systems matter., type: list, elements: path, default: []}
   lock_file: {description: The deploy lock., type: path, required: true}
   maintenance_file: {description: It is there while maintenance is on., type: path, default: ""}
@@ -352,6 +354,8 @@ def status_of(p: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
         "nginx": nginx_state() if p["runs_app"] or p["balances"] else None,
         "answer": ask_nginx(p["url"], 2 * p["timeout"]) if p["url"] else None,
         "certificates": [certificate(Path(path)) for path in p["certificates"]],
+        # By the name of the certificate; empty where there should be a record and is none.
+        "renewals": {Path(path).stem: read_json(Path(path)) or {} for path in p["certificate_records"]},
         "disks": disks(p["directories"]),
         "lock": lock(Path(p["lock_file"])),
         "maintenance": maintenance(p["maintenance_file"]),
@@ -365,6 +369,7 @@ def status_of(p: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
 
 def main() -> None:
     """Run the module."""
+    os.umask(0o022)  # whatever the session has
     module = AnsibleModule(
         argument_spec={
             "app": {"type": "str", "required": True},
@@ -372,6 +377,7 @@ def main() -> None:
             "runs_app": {"type": "bool", "default": False},
             "balances": {"type": "bool", "default": False},
             "certificates": {"type": "list", "elements": "path", "default": []},
+            "certificate_records": {"type": "list", "elements": "path", "default": []},
             "directories": {"type": "list", "elements": "path", "default": []},
             "lock_file": {"type": "path", "required": True},
             "maintenance_file": {"type": "path", "default": ""},

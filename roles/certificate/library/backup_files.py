@@ -1,0 +1,1 @@
+../../postgresql_backup/library/backup_files.py
