@@ -158,6 +158,28 @@ def test_everything_that_can_be_asked_for(project: Project) -> None:
     assert text.count("release_version") == 1
 
 
+def test_an_administrator_comes_with_a_hardened_server(project: Project) -> None:
+    wanted: dict[str, Any] = {"env": "local", "environment_host": "127.0.0.1", "environment_domain": "a.test"}
+    key = "ssh-ed25519 AAAA ada@laptop"
+    project.run(**wanted, environment_admin="ada", environment_admin_key=f"{key}\n")
+    assert yaml.safe_load(project.read("local/hosts.yml"))["app"]["vars"]["ansible_user"] == "ada"
+    text = project.read("local/group_vars/all/vars.yml")
+    settings = yaml.safe_load(text)
+    assert settings["ssh_admins"] == [{"name": "ada", "keys": [key]}]
+    assert settings["firewall_enabled"] is settings["hardening_enabled"] is True
+    assert text.count("ssh_admins") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "key"), [("ada", ""), ("", "ssh-ed25519 AAAA"), ("root", "ssh-ed25519 AAAA"), ("ada", "~/.ssh/id.pub")]
+)
+def test_an_administrator_has_a_name_and_a_key(project: Project, name: str, key: str) -> None:
+    wanted: dict[str, Any] = {"env": "local", "environment_host": "127.0.0.1", "environment_domain": "a.test"}
+    output = project.run(code=2, **wanted, environment_admin=name, environment_admin_key=key)
+    assert "public ssh key" in output
+    assert not (project.inventories / "local").exists()
+
+
 def test_a_fleet_has_its_groups_and_ports(project: Project) -> None:
     project.run(
         env="fleet",
