@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import ssl
 from pathlib import Path
@@ -67,6 +68,7 @@ def bundle_is_stale(wanted: dict[str, str]) -> bool:
 
 def main() -> None:
     """Add, remove, rebuild the bundle."""
+    os.umask(0o022)  # whatever the session has
     module = AnsibleModule(
         argument_spec={"content": {"type": "list", "elements": "str", "required": True}},
         supports_check_mode=True,

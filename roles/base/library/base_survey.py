@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import pwd
 from pathlib import Path
 
@@ -112,6 +113,7 @@ def survey_accounts(names: list[str]) -> tuple[list[str], list[str]]:
 
 def main() -> None:
     """Answer with what is missing."""
+    os.umask(0o022)  # whatever the session has
     module = AnsibleModule(
         argument_spec={
             "packages": {"type": "list", "elements": "str", "required": True},

@@ -104,6 +104,7 @@ def prune(root: Path, current: set[str], lock: Path) -> None:
 
 def main() -> None:
     """Run the module."""
+    os.umask(0o022)  # whatever the session has
     module = AnsibleModule(
         argument_spec={
             "root": {"type": "path", "required": True},

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import socket
 import ssl
 from pathlib import Path
@@ -106,6 +107,7 @@ def ask(parameters: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Run the module."""
+    os.umask(0o022)  # whatever the session has
     module = AnsibleModule(
         argument_spec={
             "directory": {"type": "path", "required": True},

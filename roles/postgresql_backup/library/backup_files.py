@@ -194,6 +194,7 @@ def converge(parameters: t.Mapping[str, t.Any], check: bool) -> dict[str, t.Any]
 
 def main() -> None:
     """Run the module."""
+    os.umask(0o022)  # whatever the session has
     module = AnsibleModule(
         {
             "calendars": {"type": "list", "elements": "str", "default": []},

@@ -376,6 +376,7 @@ class Build:
 
 def main() -> None:
     """Do one step."""
+    os.umask(0o022)  # whatever the session has
     module = AnsibleModule(
         argument_spec={
             "step": {"type": "str", "choices": ["look", "start", "poll", "finish", "clean"], "required": True},

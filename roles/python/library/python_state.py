@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
@@ -57,6 +58,7 @@ def uv_version(module: AnsibleModule, virtualenv: Path) -> str:
 
 def main() -> None:
     """Answer with what is there."""
+    os.umask(0o022)  # whatever the session has
     module = AnsibleModule(
         argument_spec={
             "prefix": {"type": "path", "required": True},

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from pathlib import Path
 
@@ -55,6 +56,7 @@ def install(module: AnsibleModule, prefix: Prefix, build: str, key: str, archive
 
 def main() -> None:
     """Unpack, unless a build that works is there."""
+    os.umask(0o022)  # whatever the session has
     module = AnsibleModule(
         argument_spec={
             "prefix": {"type": "path", "required": True},

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -31,6 +32,7 @@ CERTIFICATES = "/etc/ssl/certs/ca-certificates.crt"
 
 def main() -> None:
     """Make the virtualenv anew."""
+    os.umask(0o022)  # whatever the session has
     module = AnsibleModule(
         argument_spec={
             "path": {"type": "path", "required": True},

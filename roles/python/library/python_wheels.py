@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -30,6 +31,7 @@ MARK = ".hardstand-digest"
 
 def main() -> None:
     """Unpack beside, then swap."""
+    os.umask(0o022)  # whatever the session has
     module = AnsibleModule(
         argument_spec={
             "source": {"type": "path", "required": True},

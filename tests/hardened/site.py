@@ -1,0 +1,132 @@
+"""The environments of scenario `hardened`, whose servers only their administrators log in to."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.harness import DOMAIN, PROJECT, Deploy, Operator, molecule_inventory
+from tests.harness import Server as Machine
+
+SCENARIO = PROJECT / "molecule" / "hardened"
+ACCESS = SCENARIO / "inventory" / ".ssh"
+ADMIN = "ada"
+
+# Server that is an environment by itself.
+SINGLE = "hardstand-hardened-single"
+
+
+@dataclass
+class Server(Machine):
+    """A server that is reached at addresses of its own."""
+
+    address: str = ""
+    address6: str = ""
+
+    def ssh(
+        self, command: str, user: str = ADMIN, key: Path = ACCESS / "key", timeout: float = 60
+    ) -> subprocess.CompletedProcess[str]:
+        """Log in on a connection of its own and run a command; exit code 255 is ssh's, for one who is not let in."""
+        options = {
+            "UserKnownHostsFile": ACCESS / "known_hosts",
+            "StrictHostKeyChecking": "yes",
+            "IdentitiesOnly": "yes",
+            "BatchMode": "yes",
+            "ConnectTimeout": "5",
+        }
+        return subprocess.run(
+            [
+                *("ssh", "-F", "none", "-i", str(key)),
+                *(part for name, value in options.items() for part in ("-o", f"{name}={value}")),
+                *(f"{user}@{self.address}", command),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            stdin=subprocess.DEVNULL,
+        )
+
+
+@dataclass(kw_only=True)
+class Site(Operator):
+    """An environment. The server that clients reach is the first one."""
+
+    servers: dict[str, Server]
+    admin: str = ADMIN
+    admins: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.admins = [{"name": self.admin, "keys": [(ACCESS / "key.pub").read_text().strip()]}]
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.servers)
+
+    @property
+    def public(self) -> Server:
+        """The server that clients reach."""
+        return next(iter(self.servers.values()))
+
+    @property
+    def app(self) -> Server:
+        """The server that the application runs on."""
+        return list(self.servers.values())[-1]
+
+    def server(self, name: str) -> Server:
+        return self.servers[name]
+
+    def stranger(self, _: Server) -> Server:
+        """Return a server of somebody else."""
+        return make_server("hardstand-hardened-app1" if SINGLE in self.servers else SINGLE)
+
+    def ansible(self, playbook: str, *arguments: str, **settings: Any) -> Deploy:
+        """Run a playbook to its end, however it ends."""
+        return self.play(playbook, *arguments, **settings)
+
+
+def platforms() -> dict[str, dict[str, Any]]:
+    """Return what the scenario says of its servers."""
+    said = yaml.safe_load((SCENARIO / "molecule.yml").read_text())["platforms"]
+    return {platform["name"]: platform for platform in said}
+
+
+def make_server(name: str, ca: Path = Path()) -> Server:
+    """Return a server of the scenario."""
+    platform = platforms()[name]
+    made = Server(name, ca=ca, address=platform["ip"], address6=platform["env"]["IP6"])
+    if "published_ports" in platform:
+        made.refresh()
+    return made
+
+
+def make_fleet() -> Site:
+    """Return the environment that Molecule has made."""
+    inventory = molecule_inventory()
+    hosts = yaml.safe_load((SCENARIO / "inventory" / "hosts.yml").read_text())
+    names = [name for group in ("lb", "app") for name in hosts[group]["hosts"]]
+    return Site(
+        inventories=[str(inventory), str(SCENARIO / "inventory")],
+        servers={name: make_server(name, inventory.parent / "pki" / "ca.crt") for name in names},
+    )
+
+
+def make_single_server(directory: Path) -> Site:
+    """Make the environment of the single server as its operator would; it is still to be deployed to."""
+    own = {
+        "env": "single",
+        "environment_inventories": str(directory),
+        "environment_host": platforms()[SINGLE]["ip"],
+        "environment_domain": DOMAIN,
+        "environment_private_key_file": str(ACCESS / "key"),
+        "environment_known_hosts": (ACCESS / "known_hosts").read_text().splitlines(),
+    }
+    Operator(inventories=[]).expect(
+        "playbooks/environment.yml", *("-e", f"@{SCENARIO / 'environment.yml'}", "-e", json.dumps(own))
+    )
+    single = directory / "single"
+    return Site(inventories=[str(single)], servers={SINGLE: make_server(SINGLE, single / "pki" / "ca.crt")})
