@@ -42,7 +42,7 @@ SUMMARY = os.environ.get("HARDSTAND_FLEET_SUMMARY", "")
 SLOW_CLIENTS = 6
 
 # Seconds of load without a deploy: at the beginning, where the latency of a steady state comes from, and after each.
-FIRST, BETWEEN = 20, 4
+FIRST, BETWEEN = (20, 4) if EXHAUSTIVE else (10, 2)
 
 # Ready until it is live, and only on the second server: the first one has been switched by then.
 UNWELL = """    verdict = await readiness.check()

@@ -126,6 +126,7 @@ def test_the_second_of_two_deploys_is_refused(fleet: Fleet, repository: Reposito
 
 
 @pytest.mark.exhaustive
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("release")
 def test_the_second_of_two_deploys_waits_if_told(fleet: Fleet, repository: Repository) -> None:
     first = start(fleet, repository)
