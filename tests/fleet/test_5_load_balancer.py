@@ -119,6 +119,7 @@ def test_drained_servers_stay_drained_when_the_load_balancer_boots(fleet: Fleet)
     assert set(fleet.who_answers().served["start"]) == set(fleet.apps)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("release")
 def test_kill_an_application_server_under_load(fleet: Fleet, pytestconfig: pytest.Config) -> None:
     *others, last = fleet.apps

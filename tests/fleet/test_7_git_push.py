@@ -156,7 +156,7 @@ def test_two_pushes_at_once(fleet: Fleet, remote: Remote) -> None:
     assert fleet.check_whole().startswith(second_commit[:8])
 
 
-@pytest.mark.parametrize("phase", [rarely("Build"), "Switch", rarely("Drain")])
+@pytest.mark.parametrize("phase", [rarely("Build"), rarely("Switch"), rarely("Drain")])
 def test_ctrl_c_of_the_pusher(fleet: Fleet, remote: Remote, phase: str) -> None:
     before, branch = fleet.check_whole(), remote.branch()
     commit = remote.repository.commit(f"Interrupted: {phase}")
