@@ -16,7 +16,6 @@ import typing as t
 from pathlib import Path
 from types import ModuleType
 
-from ansible.errors import AnsibleError
 from ansible.plugins.action import ActionBase
 
 PREFLIGHT = Path(__file__).resolve().parents[2] / "preflight"
@@ -41,6 +40,7 @@ class ActionModule(ActionBase):
         """Return what the module returns, or a failure that says what to correct and that the rules are as before."""
         super().run(tmp, task_vars)
         self.task_vars = task_vars or {}
+        self.second = second = _second_connection()
         arguments = dict(self._task.args)
         settings = arguments.pop("settings_file", "group_vars/all/vars.yml")
         result = self._module(arguments)
@@ -48,7 +48,6 @@ class ActionModule(ActionBase):
             return self._failure(str(result.get("msg", "failed")))
         if not result.get("armed"):
             return result
-        second = _second_connection()
         if second.goes_by_ssh(self._connection):
             proof = second.log_in(self._connection, self._play_context, None)
             if not proof.ok:
@@ -61,13 +60,9 @@ class ActionModule(ActionBase):
         return self._failure(str(kept.get("msg", "failed"))) if kept.get("failed") else result
 
     def _undo(self, text: str, seconds: int) -> dict[str, t.Any]:
-        try:
-            undone = self._module({"state": "undone"})
-        except AnsibleError:
-            undone = {"failed": True}
-        if undone.get("failed"):
-            return self._failure(text, f"The server goes back to the rules before by itself, within {seconds} seconds.")
-        return self._failure(text)
+        if self.second.taken_back(lambda: self._module({"state": "undone"})):
+            return self._failure(text)
+        return self._failure(text, f"The server goes back to the rules before by itself, within {seconds} seconds.")
 
     def _module(self, arguments: dict[str, t.Any]) -> dict[str, t.Any]:
         result: dict[str, t.Any] = self._execute_module(
@@ -76,5 +71,5 @@ class ActionModule(ActionBase):
         return result
 
     def _failure(self, text: str, ending: str = "The rules are those from before.") -> dict[str, t.Any]:
-        text = text if text.endswith(".") else f"{text}."
-        return {"failed": True, "changed": False, "msg": f"{self.task_vars['inventory_hostname']}: {text}\n{ending}"}
+        failed: dict[str, t.Any] = self.second.failure(self.task_vars["inventory_hostname"], text, ending)
+        return failed

@@ -252,9 +252,7 @@ def main() -> None:
     os.umask(0o022)
     try:
         result = converge(module.params, check=module.check_mode, diff=module._diff)
-    except RefusedError as error:
-        module.fail_json(msg=str(error))
-    except OSError as error:
+    except (RefusedError, OSError) as error:
         module.fail_json(msg=str(error))
     module.exit_json(**result)
 

@@ -40,6 +40,23 @@ def goes_by_ssh(connection: t.Any) -> bool:
     return bool(connection.transport == "ssh")
 
 
+def taken_back(undo: t.Callable[[], dict[str, t.Any]]) -> bool:
+    """Undo a change; return whether that could be done, and is not left to the server's own timer.
+
+    Not only a lost connection stands in the way: with sudo changed, the one that is left may not become root any more.
+    """
+    try:
+        return not undo().get("failed")
+    except AnsibleError:
+        return False
+
+
+def failure(host: str, text: str, ending: str) -> dict[str, t.Any]:
+    """Return a failed task's result: what is wrong on which server and, in a line of its own, how things are now."""
+    text = text if text.endswith(".") else f"{text}."
+    return {"failed": True, "changed": False, "msg": f"{host}: {text}\n{ending}"}
+
+
 def last_words(text: str) -> str:
     """Return the last thing that ssh said: its reason, after its banners and warnings."""
     lines = [line.strip() for line in text.strip().splitlines() if line.strip()]

@@ -17,7 +17,6 @@ import typing as t
 from pathlib import Path
 from types import ModuleType
 
-from ansible.errors import AnsibleError
 from ansible.plugins.action import ActionBase
 
 PREFLIGHT = Path(__file__).resolve().parents[2] / "preflight"
@@ -46,7 +45,7 @@ class ActionModule(ActionBase):
         operator = str(arguments.pop("operator", "") or "")
         self.settings = arguments.pop("settings_file", "group_vars/all/vars.yml")
         self.host = self.task_vars["inventory_hostname"]
-        second = _second_connection()
+        self.second = second = _second_connection()
         admins = arguments.get("admins") or []
         asks = any(admin["name"] == operator and admin.get("sudo") == "password" for admin in admins)
         password = self._become_password() if asks else None
@@ -87,14 +86,9 @@ class ActionModule(ActionBase):
                 f"({self.settings}), at the key that Ansible uses (ansible_ssh_private_key_file), and at other files "
                 "in /etc/ssh/sshd_config.d"
             )
-        # Not only a lost connection: with sudo changed, the connection that is left may not become root any more.
-        try:
-            undone = self._module({"state": "undone"})
-        except AnsibleError:
-            undone = {"failed": True}
-        if undone.get("failed"):
-            return self._failure(text, f"The server takes everything back by itself, within {seconds} seconds.")
-        return self._failure(text)
+        if self.second.taken_back(lambda: self._module({"state": "undone"})):
+            return self._failure(text)
+        return self._failure(text, f"The server takes everything back by itself, within {seconds} seconds.")
 
     def _become_password(self) -> str | None:
         if self._connection.become is None:
@@ -109,5 +103,5 @@ class ActionModule(ActionBase):
         return result
 
     def _failure(self, text: str, ending: str = "Nothing has been changed: one logs in as before.") -> dict[str, t.Any]:
-        text = text if text.endswith(".") else f"{text}."
-        return {"failed": True, "changed": False, "msg": f"{self.host}: {text}\n{ending}"}
+        failed: dict[str, t.Any] = self.second.failure(self.host, text, ending)
+        return failed
