@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.hardened.site import Site, make_fleet, make_single_server
+from tests.hardened.site import Server, Site, make_fleet, make_single_server
 from tests.harness import molecule_inventory
 
 
@@ -19,3 +19,9 @@ def site(request: pytest.FixtureRequest) -> Site:
     made = make_single_server(directory)
     made.expect("deploy.yml")
     return made
+
+
+@pytest.fixture
+def server(site: Site) -> Server:
+    """The server that a deploy comes to first, unless a test file means another one."""
+    return site.app

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from tests.harness import DOMAIN, PROJECT, Deploy, Operator, molecule_inventory
+from tests.harness import DOMAIN, PROJECT, Operator, molecule_inventory
 from tests.harness import Server as Machine
 
 SCENARIO = PROJECT / "molecule" / "hardened"
@@ -84,9 +84,13 @@ class Site(Operator):
         """Return a server of somebody else."""
         return make_server("hardstand-hardened-app1" if SINGLE in self.servers else SINGLE)
 
-    def ansible(self, playbook: str, *arguments: str, **settings: Any) -> Deploy:
-        """Run a playbook to its end, however it ends."""
-        return self.play(playbook, *arguments, **settings)
+
+def slow_to_prove(directory: Path) -> str:
+    """Return what stands in for ssh, and takes its time with connections that prove something."""
+    made = directory / "ssh"
+    made.write_text('#!/bin/sh\ncase "$*" in *ControlPath=none*) sleep 20;; esac\nexec ssh "$@"\n')
+    made.chmod(0o755)
+    return str(made)
 
 
 def platforms() -> dict[str, dict[str, Any]]:

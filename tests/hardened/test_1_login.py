@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.hardened.site import slow_to_prove
 from tests.harness import wait_for
 
 # What decides who gets in. Host keys are named, not shown.
@@ -16,18 +17,6 @@ STATE = (
     " systemctl list-timers --all --no-legend | grep undo"
 )
 ROLE = ("deploy.yml", "--tags", "ssh")
-
-# Stands in for ssh, and takes its time with connections that prove something.
-SLOW = """#!/bin/sh
-case "$*" in *ControlPath=none*) sleep {seconds};; esac
-exec ssh "$@"
-"""
-
-
-@pytest.fixture
-def server(site: Any) -> Any:
-    """The one that a deploy comes to first."""
-    return site.server(site.names[-1])
 
 
 @pytest.fixture
@@ -56,12 +45,12 @@ def test_administrators_get_in_and_nobody_else(site: Any, server: Any, another_k
         assert refused.returncode == 255, attempt
         # A password is not even asked for.
         assert "Permission denied (publickey)." in refused.stderr
-    assert site.ansible(*ROLE).changed == 0
+    assert site.play(*ROLE).changed == 0
 
 
 @pytest.mark.usefixtures("unchanged")
 def test_a_wrong_key_of_the_administrator(site: Any, another_key: Path) -> None:
-    done = site.ansible(*ROLE, ssh_admins=[admin(site.admin, another_key)])
+    done = site.play(*ROLE, ssh_admins=[admin(site.admin, another_key)])
     assert done.code != 0
     assert f'"{site.admin}" could not log in' in done.output
     assert f"Look at the keys of {site.admin} in ssh_admins" in done.output
@@ -84,7 +73,7 @@ def test_a_file_of_somebody_elses(
     colleague = admin("eve", another_key)
     server.sh(f"umask 337; echo '{content.format(admin=site.admin)}' >{file}")
     try:
-        done = site.ansible(*ROLE, ssh_admins=[*site.admins, colleague])
+        done = site.play(*ROLE, ssh_admins=[*site.admins, colleague])
         assert done.code != 0
         assert said in done.output
         assert "Nothing has been changed" in done.output
@@ -96,10 +85,7 @@ def test_a_file_of_somebody_elses(
 @pytest.mark.usefixtures("unchanged")
 def test_a_control_node_that_never_comes_back(site: Any, server: Any, tmp_path: Path) -> None:
     """The server takes back by itself what nobody has proven: here while the proof is still being waited for."""
-    slow = tmp_path / "ssh"
-    slow.write_text(SLOW.format(seconds=20))
-    slow.chmod(0o755)
-    settings = {"ssh_forwarding": True, "ssh_undo_seconds": 5, "ansible_ssh_executable": str(slow)}
+    settings = {"ssh_forwarding": True, "ssh_undo_seconds": 5, "ansible_ssh_executable": slow_to_prove(tmp_path)}
     run = site.run(*ROLE, **settings)
     wait_for(
         lambda: "Forwarding local" in server.sh("cat /etc/ssh/sshd_config.d/00-hardstand.conf"), 120, "it is changed"

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.hardened.site import slow_to_prove
 from tests.harness import wait_for
 
 # Without what they have counted.
@@ -18,17 +19,6 @@ RULES = "nft -s -t list table inet hardstand_firewall && cat /etc/hardstand/fire
 ROLE = ("deploy.yml", "--tags", "firewall")
 # The address of nobody (RFC 5737).
 ELSEWHERE = ["192.0.2.0/24"]
-
-SLOW = """#!/bin/sh
-case "$*" in *ControlPath=none*) sleep {seconds};; esac
-exec ssh "$@"
-"""
-
-
-@pytest.fixture
-def server(site: Any) -> Any:
-    """The one that a deploy comes to first."""
-    return site.server(site.names[-1])
 
 
 @pytest.fixture
@@ -104,7 +94,7 @@ def test_a_second_run_changes_nothing(site: Any) -> None:
 
 @pytest.mark.usefixtures("unchanged")
 def test_rules_that_would_cut_the_connection(site: Any) -> None:
-    done = site.ansible(*ROLE, ssh_sources=ELSEWHERE)
+    done = site.play(*ROLE, ssh_sources=ELSEWHERE)
     assert done.code != 0
     assert "with the new rules nobody logs in from here" in done.output
     assert "ssh_sources" in done.output
@@ -114,10 +104,7 @@ def test_rules_that_would_cut_the_connection(site: Any) -> None:
 @pytest.mark.once(on="debian12")
 @pytest.mark.usefixtures("unchanged")
 def test_rules_that_nobody_comes_back_to_prove(site: Any, server: Any, tmp_path: Path) -> None:
-    slow = tmp_path / "ssh"
-    slow.write_text(SLOW.format(seconds=20))
-    slow.chmod(0o755)
-    settings = {"ssh_sources": ELSEWHERE, "firewall_undo_seconds": 5, "ansible_ssh_executable": str(slow)}
+    settings = {"ssh_sources": ELSEWHERE, "firewall_undo_seconds": 5, "ansible_ssh_executable": slow_to_prove(tmp_path)}
     run = site.run(*ROLE, **settings)
     rules = "nft list table inet hardstand_firewall"
     wait_for(lambda: ELSEWHERE[0] in server.sh(rules), 120, "the rules are there")

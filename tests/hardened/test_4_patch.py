@@ -61,10 +61,10 @@ def starts(server: Any) -> str:
 
 def test_nothing_is_touched_where_nothing_is_due(site: Any) -> None:
     # Whatever Debian has published since the servers were made.
-    assert site.ansible(PATCH, patch_reboot="never").code == 0
+    assert site.play(PATCH, patch_reboot="never").code == 0
     servers = apps(site)
     before = [starts(server) for server in servers]
-    done = site.ansible(PATCH, patch_reboot="never")
+    done = site.play(PATCH, patch_reboot="never")
     assert (done.code, done.changed) == (0, 0)
     assert "nothing to do" in done.output
     assert [starts(server) for server in servers] == before
@@ -75,12 +75,12 @@ def test_an_update_comes_and_the_lock_is_given_back(site: Any, publish: Callable
     server = apps(site)[0]
     publish(server, 1)
     publish(server, 2)
-    done = site.ansible(PATCH, patch_reboot="never")
+    done = site.play(PATCH, patch_reboot="never")
     assert done.code == 0, done.output
     assert f"1 updated: {PACKAGE}" in done.output
     assert server.sh(VERSION).strip() == "2 ii"
     assert server.sh(f"ls /run/lock/hardstand-{APP}.lock 2> /dev/null || true") == ""
-    assert site.ansible("playbooks/status.yml", status_fail=False).code == 0
+    assert site.play("playbooks/status.yml", status_fail=False).code == 0
 
 
 def test_it_ends_at_the_first_failure_and_goes_on_later(site: Any, publish: Callable[..., None]) -> None:
@@ -88,7 +88,7 @@ def test_it_ends_at_the_first_failure_and_goes_on_later(site: Any, publish: Call
     for server in servers:
         publish(server, 1)
         publish(server, 2, postinst="exit 1")
-    done = site.ansible(PATCH, patch_reboot="never")
+    done = site.play(PATCH, patch_reboot="never")
     assert done.code != 0
     assert "run playbooks/patch.yml again" in done.output
     assert server.sh(f"ls /run/lock/hardstand-{APP}.lock 2> /dev/null || true") == ""
@@ -99,5 +99,5 @@ def test_it_ends_at_the_first_failure_and_goes_on_later(site: Any, publish: Call
 
     for server in servers:
         publish(server, 3)
-    assert site.ansible(PATCH, patch_reboot="never").code == 0
+    assert site.play(PATCH, patch_reboot="never").code == 0
     assert {server.sh(VERSION).strip() for server in servers} == {"3 ii"}

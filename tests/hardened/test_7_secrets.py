@@ -173,7 +173,7 @@ def test_nothing_shows_a_secret(site: Site, repository: Repository, tmp_path_fac
     option, first = canaries.draw()
     done = play("-e", option)
     assert done.code == 0, done.output[-3000:]
-    app = list(site.servers.values())[-1]
+    app = site.app
     assert first in app.sh(f"cat {ROOT}/current/.env")
     for what, settings in FAILURES.items():
         # Other dependencies, so that they are installed.
