@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import base64
 import functools
-import importlib.util
 import json
 import os
 import shutil
@@ -23,7 +22,7 @@ import ansible.module_utils
 from ansible.parsing.dataloader import DataLoader
 from ansible.template import Templar
 
-from tests.role_templates import ROLES, evaluate, read_yaml
+from tests.role_templates import ROLES, evaluate, load_file, read_yaml
 
 ROLE = ROLES / "release"
 APP = "blog"
@@ -47,12 +46,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def load(path: str) -> ModuleType:
     """Import a file of the role by its path below the role."""
-    spec = importlib.util.spec_from_file_location(Path(path).stem, ROLE / path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_file(ROLE / path)
 
 
 def start_module(name: str, arguments: Mapping[str, Any], *, check: bool = False) -> subprocess.Popen[bytes]:

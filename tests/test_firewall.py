@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.role_templates import ROLES, evaluate
+from tests.role_templates import ROLES, evaluate, load_file
 from tests.test_wiring import wired
 
 TESTS = Path(__file__).resolve().parent
@@ -145,12 +144,7 @@ def test_the_kernel_does_what_the_rules_say() -> None:
 
 def load(path: str) -> ModuleType:
     """Import a file of a role by its path."""
-    spec = importlib.util.spec_from_file_location(Path(path).stem, ROLES / path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_file(ROLES / path)
 
 
 class Kernel:

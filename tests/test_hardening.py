@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.role_templates import ROLES, evaluate, read_yaml
+from tests.role_templates import ROLES, evaluate, load_file, read_yaml
 
 SERVER: dict[str, Any] = {
     "hardening_enabled": True,
@@ -24,11 +24,7 @@ CONTAINER = SERVER | {"__hardening_place": {"container": True}}
 
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("hardening_system", ROLES / "hardening/library/hardening_system.py")
-    assert spec is not None
-    assert spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
+    loaded = load_file(ROLES / "hardening/library/hardening_system.py")
     monkeypatch.setattr(loaded, "LOGIN_DEFS", tmp_path / "login.defs")
     monkeypatch.setattr(loaded, "PROC_SYS", tmp_path / "sys")
     monkeypatch.setattr(loaded, "is_container", lambda: False)

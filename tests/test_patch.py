@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.server
-import importlib.util
 import socketserver
 import threading
 from collections.abc import Iterator
@@ -14,19 +13,14 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.role_templates import ROLES, evaluate
+from tests.role_templates import ROLES, evaluate, load_file
 
 NOTHING: dict[str, list[str]] = {"upgrades": [], "reboot": [], "services": [], "waiting": []}
 PLAYBOOK = ROLES.parent / "playbooks/patch.yml"
 
 
 def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROLES / f"patch/library/{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_file(ROLES / f"patch/library/{name}.py")
 
 
 survey, health = load("patch_survey"), load("patch_health")

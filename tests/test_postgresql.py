@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import ansible.module_utils
 import pytest
 
-from tests.role_templates import ROLES, evaluate, read_yaml
+from tests.role_templates import ROLES, evaluate, load_file, read_yaml
 
 ROLE = ROLES / "postgresql"
 ansible.module_utils.__path__.append(str(ROLE / "module_utils"))
@@ -24,12 +23,7 @@ ansible.module_utils.__path__.append(str(ROLE / "module_utils"))
 
 def load(path: str) -> ModuleType:
     """Import a file of the role by its path."""
-    spec = importlib.util.spec_from_file_location(Path(path).stem, ROLE / path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_file(ROLE / path)
 
 
 host = load("module_utils/postgresql_host.py")

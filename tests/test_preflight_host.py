@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -18,6 +17,8 @@ from typing import Any
 
 import pytest
 
+from tests.role_templates import load_file
+
 PROJECT = Path(__file__).resolve().parents[1]
 ROLE = PROJECT / "roles" / "preflight"
 PLATFORMS = {"debian-12": "tested", "debian-13": "tested", "ubuntu-24.04": "untested"}
@@ -25,12 +26,7 @@ PLATFORMS = {"debian-12": "tested", "debian-13": "tested", "ubuntu-24.04": "unte
 
 def load(path: str) -> ModuleType:
     """Import a file of the role, as Ansible would, by its path."""
-    spec = importlib.util.spec_from_file_location(Path(path).stem, ROLE / path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_file(ROLE / path)
 
 
 host = load("library/preflight_host.py")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import pwd
 import shlex
 import subprocess
@@ -14,7 +13,7 @@ import pytest
 import yaml
 from ansible.errors import AnsibleConnectionFailure, AnsibleError
 
-from tests.role_templates import ROLES, evaluate
+from tests.role_templates import ROLES, evaluate, load_file
 from tests.test_wiring import wired
 
 PROJECT = ROLES.parent
@@ -24,12 +23,7 @@ ADA = {"name": "ada", "keys": [KEY]}
 
 def load(path: str) -> ModuleType:
     """Import a file of a role by its path."""
-    spec = importlib.util.spec_from_file_location(Path(path).stem, ROLES / path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_file(ROLES / path)
 
 
 # The settings ---------------------------------------------------------------------------------------------------------
