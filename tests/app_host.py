@@ -30,6 +30,7 @@ from tests.release_support import (
 )
 
 host = load("module_utils/release_host.py")
+replace_symlink = load("module_utils/host_files.py").replace_symlink
 PROJECT = Path(__file__).resolve().parents[1]
 
 # Answers with its own version, and who it is. "/slow/2" takes two seconds; "/health" is bad while shared/sick exists.

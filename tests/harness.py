@@ -109,6 +109,16 @@ class Server:
         finally:
             client.close()
 
+    def plain(self, path: str) -> Reply:
+        """Make one GET request without TLS."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.http_port, timeout=10)
+        connection.request("GET", path, headers={"Host": DOMAIN})
+        response = connection.getresponse()
+        try:
+            return Reply(response.status, response.headers, response.read())
+        finally:
+            connection.close()
+
     def release(self) -> str:
         """Return the id of the release that answers."""
         return str(self.request("GET", "/api/info").json()["release"])
@@ -406,23 +416,31 @@ def add_routes(repository: Repository) -> str:
     return repository.edit("Add routes to test with", "app/posts.py", before, _ROUTES + before)
 
 
+def migration(head: str, revision: str, message: str, statement: str) -> dict[str, str]:
+    """Return the file of a migration after another one."""
+    text = _MIGRATION.format(head=head, revision=revision, message=message, statement=statement)
+    return {f"app/migrations/versions/{revision}.py": text}
+
+
 def failing_migration(head: str) -> dict[str, str]:
     """Return the file of a migration after another one that fails in any database."""
-    return {"app/migrations/versions/ffff.py": _MIGRATION.format(head=head)}
+    statement = 'op.execute("ALTER TABLE no_such_table ADD COLUMN x INTEGER")'
+    return migration(head, "ffffffffffff", "A migration that fails.", statement)
 
 
-_MIGRATION = '''"""A migration that fails."""
+_MIGRATION = '''"""{message}"""
 
+import sqlalchemy as sa
 from alembic import op
 
-revision = "ffffffffffff"
+revision = "{revision}"
 down_revision = {head!r}
 branch_labels = None
 depends_on = None
 
 
 def upgrade() -> None:
-    op.execute("ALTER TABLE no_such_table ADD COLUMN x INTEGER")
+    {statement}
 
 
 def downgrade() -> None:

@@ -18,30 +18,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import ansible.module_utils
 from ansible.parsing.dataloader import DataLoader
 from ansible.template import Templar
 
+from tests import role_modules
 from tests.role_templates import ROLES, evaluate, load_file, read_yaml
 
 ROLE = ROLES / "release"
 APP = "blog"
 RELEASE_ID = "0000000a-0000000b"
-
-# The role's modules import it from here, as on a server, where Ansible brings it along.
-if str(ROLE / "module_utils") not in ansible.module_utils.__path__:
-    ansible.module_utils.__path__.append(str(ROLE / "module_utils"))
-
-# What Ansible's own wrapper does: the module's arguments are on standard input.
-_RUNNER = """
-import runpy, sys
-import ansible.module_utils
-from ansible.module_utils import basic
-ansible.module_utils.__path__.append(sys.argv[1])
-basic._ANSIBLE_ARGS, basic._ANSIBLE_PROFILE = sys.stdin.buffer.read(), "legacy"
-sys.argv = sys.argv[2:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
 
 
 def load(path: str) -> ModuleType:
@@ -51,30 +36,12 @@ def load(path: str) -> ModuleType:
 
 def start_module(name: str, arguments: Mapping[str, Any], *, check: bool = False) -> subprocess.Popen[bytes]:
     """Start a module of the role in a process of its own, as on a server; it may be killed."""
-    command = [sys.executable, "-c", _RUNNER, str(ROLE / "module_utils"), str(ROLE / "library" / f"{name}.py")]
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=Path(__file__).parents[1]
-    )
-    assert process.stdin is not None
-    process.stdin.write(json.dumps({"ANSIBLE_MODULE_ARGS": {**arguments, "_ansible_check_mode": check}}).encode())
-    process.stdin.close()
-    process.stdin = None
-    return process
-
-
-def result_of(process: subprocess.Popen[bytes]) -> dict[str, Any]:
-    """Return what a started module says."""
-    out, err = process.communicate(timeout=60)
-    try:
-        result: dict[str, Any] = json.loads(out)
-    except ValueError:
-        raise AssertionError(f"the module broke:\n{err.decode()}\n{out.decode()}") from None
-    return result
+    return role_modules.start_module(ROLE, name, arguments, check=check)
 
 
 def run_module(name: str, arguments: Mapping[str, Any], *, check: bool = False) -> dict[str, Any]:
     """Run a module of the role; returns its result."""
-    return result_of(start_module(name, arguments, check=check))
+    return role_modules.run_module(ROLE, name, arguments, check=check)
 
 
 def alive(pid: int) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import ansible.module_utils
 import yaml
 from ansible.parsing.dataloader import DataLoader
 from ansible.plugins.loader import init_plugin_loader
@@ -17,7 +18,10 @@ ROLES = Path(__file__).resolve().parents[1] / "roles"
 
 
 def load_file(file: Path) -> ModuleType:
-    """Import a file of a role, as Ansible would: by where it is."""
+    """Import a file of a role, as Ansible would: by where it is, with what the role has in module_utils."""
+    utils = str(file.parents[1] / "module_utils")
+    if utils not in ansible.module_utils.__path__:
+        ansible.module_utils.__path__.append(utils)
     spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec is not None
     assert spec.loader is not None

@@ -6,7 +6,6 @@ import fcntl
 import functools
 import hashlib
 import http.server
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -22,7 +21,7 @@ import pytest
 from cryptography import x509
 
 from tests.acme_authority import PEBBLE, Authority
-from tests.role_templates import ROLES
+from tests.role_templates import ROLES, load_file
 
 pytestmark = pytest.mark.skipif(not PEBBLE, reason="needs Debian's pebble")
 
@@ -126,12 +125,7 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    path = ROLES / "certificate/files/acme_certificate.py"
-    spec = importlib.util.spec_from_file_location("acme_certificate", path)
-    assert spec is not None
-    assert spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
+    loaded = load_file(ROLES / "certificate/files/acme_certificate.py")
     for name in ("SETTINGS", "STATES", "CERTBOT", "LOCKS"):
         (tmp_path / name).mkdir()
         monkeypatch.setattr(loaded, name, tmp_path / name)

@@ -8,8 +8,6 @@ import json
 import os
 import shutil
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,37 +15,16 @@ from typing import Any
 
 import pytest
 
+from tests.role_modules import run_module
 from tests.role_templates import evaluate
 
 PROJECT = Path(__file__).resolve().parents[1]
 ROLE = PROJECT / "roles" / "postgresql_backup"
 
-# What Ansible's own wrapper does: the module's arguments are on standard input.
-RUNNER = """
-import runpy, sys
-import ansible.module_utils
-from ansible.module_utils import basic
-ansible.module_utils.__path__.append(sys.argv[1])
-basic._ANSIBLE_ARGS, basic._ANSIBLE_PROFILE = sys.stdin.buffer.read(), "legacy"
-sys.argv = sys.argv[2:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
 
 def run(module: str, *, check: bool = False, **arguments: Any) -> dict[str, Any]:
     """Run a module of the role; returns its result."""
-    done = subprocess.run(
-        [sys.executable, "-c", RUNNER, ROLE / "module_utils", ROLE / "library" / f"{module}.py"],
-        input=json.dumps({"ANSIBLE_MODULE_ARGS": {**arguments, "_ansible_check_mode": check, "_ansible_diff": True}}),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    try:
-        result: dict[str, Any] = json.loads(done.stdout)
-    except ValueError:
-        raise AssertionError(f"the module broke:\n{done.stderr}\n{done.stdout}") from None
-    return result
+    return run_module(ROLE, module, arguments, check=check)
 
 
 class TestFiles:

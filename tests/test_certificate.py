@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib.util
 import ipaddress
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from tests.role_templates import ROLES, evaluate
+from tests.role_templates import ROLES, evaluate, load_file
 
 NOW = datetime.datetime.now(datetime.UTC)
 DAY = datetime.timedelta(days=1)
@@ -193,12 +192,7 @@ Converge = Callable[..., dict[str, Any]]
 
 @pytest.fixture
 def module() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("certificate_pair", ROLES / "certificate/library/certificate_pair.py")
-    assert spec is not None
-    assert spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
+    return load_file(ROLES / "certificate/library/certificate_pair.py")
 
 
 @pytest.fixture

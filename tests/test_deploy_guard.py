@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shlex
@@ -16,15 +15,9 @@ from typing import Any
 import pytest
 
 from tests.local_project import LOCK, PROJECT, UNLOCK, LocalProject, Run
-from tests.release_support import alive, eventually
+from tests.release_support import alive, eventually, load
 
-spec = importlib.util.spec_from_file_location(
-    "deploy_guard", PROJECT / "roles/release/callback_plugins/deploy_guard.py"
-)
-assert spec is not None
-assert spec.loader is not None
-guard: Any = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(guard)
+guard: Any = load("callback_plugins/deploy_guard.py")
 
 
 @pytest.fixture

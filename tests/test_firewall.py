@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -152,6 +153,7 @@ class Kernel:
 
     def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.module: Any = load("firewall/library/firewall_rules.py")
+        self.undo_timer: Any = importlib.import_module("ansible.module_utils.undo_timer")
         self.rules, self.state = root / "etc/firewall.nft", root / "state"
         self.rules.parent.mkdir()
         self.table, self.timer, self.refuses = "", "", ""
@@ -166,8 +168,10 @@ class Kernel:
             "NFT": str(nft),
             "LEARN_SECONDS": 0,
             "run": self.run,
+            "TIMER": self.undo_timer.UndoTimer("undo", self.state / "undo", "firewall_undo_seconds"),
         }.items():
             monkeypatch.setattr(self.module, name, value)
+        monkeypatch.setattr(self.undo_timer, "run", self.run)
 
     def run(self, *command: Any, stdin: str = "", check: bool = True) -> Any:
         words = [str(word) for word in command]
@@ -187,14 +191,14 @@ class Kernel:
                     self.seen.append(text)
             elif words[1] == "delete":
                 self.table = ""
-        elif words[0] == self.module.SYSTEMD_RUN:
+        elif words[0] == self.undo_timer.SYSTEMD_RUN:
             self.timer = words[-1]
         elif words[0] == self.module.SYSTEMCTL and words[1] == "stop":
             self.timer = ""
         elif words[0] == "/bin/sh":
             self.goes_off(words[1])
         if check and code:
-            raise self.module.FirewallError("nft: refused")
+            raise self.module.ChangeError("nft: refused")
         return SimpleNamespace(returncode=code, stdout=out, stderr="")
 
     def goes_off(self, script: str | Path = "") -> None:
@@ -230,7 +234,7 @@ class TestModule:
         kernel.apply("rules 1")
         kernel.goes_off()
         assert kernel.table == ""
-        with pytest.raises(kernel.module.FirewallError, match="took too long"):
+        with pytest.raises(kernel.module.ChangeError, match="took too long"):
             kernel.module.keep()
         kernel.apply("rules 1")
         kernel.module.keep()
@@ -244,15 +248,15 @@ class TestModule:
         kernel.apply("rules 1")
         kernel.module.keep()
         kernel.apply("rules 2")
-        kernel.module.undo()
+        kernel.module.TIMER.undo()
         assert (kernel.table, kernel.timer) == ("rules 1", "")
-        kernel.module.undo()
+        kernel.module.TIMER.undo()
 
     def test_rules_that_nft_refuses_change_nothing(self, kernel: Kernel) -> None:
-        with pytest.raises(kernel.module.FirewallError):
+        with pytest.raises(kernel.module.ChangeError):
             kernel.apply("syntax error")
         kernel.refuses = "not here"
-        with pytest.raises(kernel.module.FirewallError):
+        with pytest.raises(kernel.module.ChangeError):
             kernel.apply("not here")
         assert (kernel.table, kernel.timer) == ("", "")
 

@@ -5,7 +5,6 @@ The last in a network namespace: tests/load_balancer_kernel.py.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -22,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from tests.role_templates import ROLES, evaluate
+from tests.role_templates import ROLES, evaluate, load_file
 
 TESTS = Path(__file__).resolve().parent
 
@@ -44,12 +43,7 @@ else:
 
 
 def load_module(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROLES / f"load_balancer/library/{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_file(ROLES / f"load_balancer/library/{name}.py")
 
 
 class Balancer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import time
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.role_templates import ROLES
+from tests.role_templates import ROLES, load_file
 
 # As nginx does, it reads the main file and, by relative paths, the sites next to it, and says where the fault is.
 NGINX = """#!/bin/sh
@@ -24,11 +23,7 @@ if grep -rn broken "$4" "$directory"/sites-enabled/*; then exit 1; fi
 
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("nginx_configuration", ROLES / "nginx/library/nginx_configuration.py")
-    assert spec is not None
-    assert spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
+    loaded = load_file(ROLES / "nginx/library/nginx_configuration.py")
     monkeypatch.setattr(loaded, "PID_FILE", tmp_path / "nginx.pid")
     monkeypatch.setattr(loaded, "RELOADED", tmp_path / "reloaded")
     monkeypatch.setattr(loaded, "STARTS_AT_BOOT", tmp_path / "nginx.service")

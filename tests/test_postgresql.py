@@ -12,13 +12,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import ansible.module_utils
 import pytest
 
 from tests.role_templates import ROLES, evaluate, load_file, read_yaml
 
 ROLE = ROLES / "postgresql"
-ansible.module_utils.__path__.append(str(ROLE / "module_utils"))
 
 
 def load(path: str) -> ModuleType:

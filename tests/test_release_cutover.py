@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from tests.app_host import Host, InBackground, host
-from tests.release_support import APP, SERVICE, alive, eventually, result_of, start_module
+from tests.app_host import Host, InBackground, host, replace_symlink
+from tests.release_support import APP, SERVICE, alive, eventually, start_module
+from tests.role_modules import result_of
 
 
 def test_the_first_release_and_the_ones_after_it(app_host: Host) -> None:
@@ -198,7 +199,7 @@ class TestCutOff:
     def test_between_the_two_links(self, app_host: Host) -> None:
         old = app_host.deploy_new()
         new = app_host.deploy_new()
-        host.replace_symlink(app_host.root / "current", f"releases/{old}")
+        replace_symlink(app_host.root / "current", f"releases/{old}")
         result = app_host.cut_over(new)
         assert (result["changed"], result["slot"], result["previous"]) == (True, "green", old)
         app_host.assert_one_slot(new)
@@ -348,7 +349,7 @@ class TestSteps:
         (app_host.root / "shared" / "sick").touch()
         assert "failed" in app_host.cut_over(new, step="switch")
         (app_host.root / "shared" / "sick").unlink()
-        host.replace_symlink(app_host.root / "current", f"releases/{old}")
+        replace_symlink(app_host.root / "current", f"releases/{old}")
         assert app_host.step("switch", new)["slot"] == "green"
         assert app_host.live() == new
 

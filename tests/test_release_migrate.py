@@ -24,10 +24,10 @@ from tests.release_support import (
     build_action,
     eventually,
     load,
-    result_of,
     run_module,
     start_module,
 )
+from tests.role_modules import result_of
 
 PROJECT = Path(__file__).resolve().parents[1]
 TOKEN = "s3cr3t-t0ken"

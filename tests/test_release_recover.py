@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 
-from tests.app_host import Host, InBackground, host
+from tests.app_host import Host, InBackground, host, replace_symlink
 from tests.local_project import LOCK, LocalProject
-from tests.release_support import APP, ROLE, alive, eventually, result_of, start_module
+from tests.release_support import APP, ROLE, alive, eventually, start_module
+from tests.role_modules import result_of
 from tests.role_templates import evaluate
 
 # Works on the host as a step of a deploy does, and does not mind being asked to end.
@@ -166,7 +167,7 @@ class TestGoingBack:
 
     def test_between_the_two_links(self, app_host: Host, served: str) -> None:
         new = begin(app_host, "start", "switch")
-        host.replace_symlink(app_host.root / "current", f"releases/{served}")
+        replace_symlink(app_host.root / "current", f"releases/{served}")
         app_host.recover(reason="somebody pressed Ctrl-C")
         assert_undone(app_host, served, new)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import pwd
 import shlex
 import subprocess
@@ -170,6 +171,7 @@ class Host:
 
     def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.module: Any = load("ssh/library/ssh_access.py")
+        undo_timer: Any = importlib.import_module("ansible.module_utils.undo_timer")
         self.ssh, self.sudoers = root / "ssh", root / "sudoers.d/hardstand"
         (self.ssh / "sshd_config.d").mkdir(parents=True)
         self.sudoers.parent.mkdir()
@@ -186,9 +188,11 @@ class Host:
             "UNDO": self.undo,
             "SYSTEMCTL": str(systemctl),
             "run": self.run,
+            "TIMER": undo_timer.UndoTimer("hardstand-ssh-undo", self.undo / "undo", "ssh_undo_seconds"),
             "known_algorithms": lambda option: {"new", "old"} | {option},
         }.items():
             monkeypatch.setattr(self.module, name, value)
+        monkeypatch.setattr(undo_timer, "run", self.run)
         monkeypatch.setattr(self.module.pwd, "getpwnam", self.account)
         # Not root's, where a developer runs the tests.
         monkeypatch.setattr(self.module.Access, "_is", staticmethod(self.same))
@@ -209,7 +213,7 @@ class Host:
         self.commands.append(words)
         if self.fails and self.fails in " ".join(words):
             if check:
-                raise self.module.AccessError(f"{words[0]} says no")
+                raise self.module.ChangeError(f"{words[0]} says no")
             return SimpleNamespace(returncode=1, stdout="", stderr="/etc/sudoers.d/site:1:3: syntax error")
         if words[0] == "/bin/sh":
             subprocess.run(words, check=True)
@@ -267,16 +271,16 @@ class TestModule:
         host.apply({"name": "eve", "keys": [KEY]}, config="AllowUsers eve\n")
         assert "ssh/hardstand/keys/ada" not in host.files()
         assert host.files() != before
-        host.module.undo()
+        host.module.TIMER.undo()
         assert host.files() == before
         assert not host.undo.exists()
-        host.module.undo()
+        host.module.TIMER.undo()
 
     def test_undoing_the_first_time_leaves_what_debian_had(self, host: Host) -> None:
         before = host.files()
         host.apply(ADA)
         assert "userdel -r ada" in (host.undo / "undo").read_text()
-        host.module.undo()
+        host.module.TIMER.undo()
         assert host.files() == before
 
     def test_what_a_run_left_that_was_cut_off_is_proven_by_the_next_and_undone_as_a_whole(self, host: Host) -> None:
@@ -284,7 +288,7 @@ class TestModule:
         host.apply(ADA)
         assert host.apply(ADA)["armed"]
         host.apply(ADA, {"name": "eve", "keys": [KEY]}, config="AllowUsers ada eve\n")
-        host.module.undo()
+        host.module.TIMER.undo()
         assert host.files() == before
 
     @pytest.mark.parametrize("command", ["sshd -t", "useradd", "ssh-keygen"])
@@ -301,32 +305,32 @@ class TestModule:
                 if str(words[0]).endswith("sshd"):
                     seen.append(words)
                     if len(seen) == 2:
-                        raise host.module.AccessError("sshd says no")
+                        raise host.module.ChangeError("sshd says no")
                 return run(*words, check=check)
 
             host.module.run = fails_the_second_time
         else:
             host.fails = command
-        with pytest.raises(host.module.AccessError, match="says no"):
+        with pytest.raises(host.module.ChangeError, match="says no"):
             host.apply(ADA, config="AllowUsers nobody\n")
         assert host.files() == before
 
     def test_an_error_that_is_there_already_ends_it_before_anything_changes(self, host: Host) -> None:
         host.fails = "visudo -c"
-        with pytest.raises(host.module.AccessError, match=r"/etc/sudoers.d/site:1:3: syntax error"):
+        with pytest.raises(host.module.ChangeError, match=r"/etc/sudoers.d/site:1:3: syntax error"):
             host.apply(ADA)
         assert not host.armed()
 
     def test_an_account_that_is_nobodys_to_log_in_to_is_refused(self, host: Host) -> None:
         host.accounts.add("backup")
-        with pytest.raises(host.module.AccessError, match="nobody's to log in to"):
+        with pytest.raises(host.module.ChangeError, match="nobody's to log in to"):
             host.apply({"name": "backup", "keys": [KEY]})
         assert not host.armed()
 
     def test_a_proof_that_took_too_long_is_said(self, host: Host) -> None:
         host.apply(ADA)
         subprocess.run(["/bin/sh", host.undo / "undo"], check=True)
-        with pytest.raises(host.module.AccessError, match="Raise ssh_undo_seconds"):
+        with pytest.raises(host.module.ChangeError, match="Raise ssh_undo_seconds"):
             host.module.keep()
 
     def test_a_dry_run_tells_and_does_nothing(self, host: Host) -> None:
@@ -433,7 +437,7 @@ class TestLogin:
         module: Any = load("preflight/action_plugins/preflight_login.py")
         second: Any = load("preflight/plugin_utils/second_connection.py")
         second.connection_loader = connection
-        monkeypatch.setattr(module, "_second_connection", lambda: second)
+        monkeypatch.setattr(module, "SECOND", second)
         action = object.__new__(module.ActionModule)
         action._connection, action._play_context = connection, None
         action._task = SimpleNamespace(args={"admins": list(admins), "source": "hosts.yml:3"})
@@ -493,7 +497,7 @@ class TestProof:
         connection.become = None
         connection.set_option = connection.options.__setitem__
         second.connection_loader = connection
-        monkeypatch.setattr(module, "_second_connection", lambda: second)
+        monkeypatch.setattr(module, "SECOND", second)
         monkeypatch.setattr(module.ActionBase, "run", lambda *_: {})
         states: list[str] = []
 

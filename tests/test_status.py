@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from tests.release_support import load
+from tests.role_modules import run_module
 
 PROJECT = Path(__file__).resolve().parents[1]
 ROLE = PROJECT / "roles" / "status"
@@ -25,17 +26,6 @@ APP = "blog"
 LIVE = "0000000a-0000000b"
 NOW = datetime(2026, 11, 24, 14, 30, tzinfo=UTC)
 LIMITS = {"certificate_days": 21, "disk_free_mb": 2048, "disk_free_percent": 10}
-
-# What Ansible's own wrapper does: the module's arguments are on standard input.
-RUNNER = """
-import runpy, sys
-import ansible.module_utils
-from ansible.module_utils import basic
-ansible.module_utils.__path__.append(sys.argv[1])
-basic._ANSIBLE_ARGS, basic._ANSIBLE_PROFILE = sys.stdin.buffer.read(), "legacy"
-sys.argv = sys.argv[2:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
 
 release_host = load("module_utils/release_host.py")
 report = runpy.run_path(str(ROLE / "action_plugins" / "status_report.py"))
@@ -68,17 +58,7 @@ class Host:
             "supervisor_directory": str(self.directory / "conf.d"),
         } | changes
         before = self.listing()
-        result = subprocess.run(
-            [sys.executable, "-c", RUNNER, ROLE / "module_utils", ROLE / "library" / "status_host.py"],
-            input=json.dumps({"ANSIBLE_MODULE_ARGS": arguments}),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        try:
-            answer = json.loads(result.stdout)
-        except ValueError:
-            raise AssertionError(f"the module broke:\n{result.stderr}\n{result.stdout}") from None
+        answer = run_module(ROLE, "status_host", arguments)
         assert answer.get("changed") is False, answer
         if not self.lives:
             assert self.listing() == before, "it only looks"

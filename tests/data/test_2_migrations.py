@@ -4,35 +4,15 @@ from __future__ import annotations
 
 import pytest
 
+from tests import harness
 from tests.data.site import Site
 from tests.harness import Deploy, Repository, failing_migration, wait_for
 from tests.load import Load, Target
 
-_MIGRATION = '''"""{message}"""
-
-import sqlalchemy as sa
-from alembic import op
-
-revision = "{revision}"
-down_revision = {head!r}
-branch_labels = None
-depends_on = None
-
-
-def upgrade() -> None:
-    {statement}
-
-
-def downgrade() -> None:
-    pass
-'''
-
 
 def migration(site: Site, revision: str, message: str, statement: str) -> dict[str, str]:
     """Return the file of a migration on top of what the database has."""
-    head = site.psql("SELECT version_num FROM alembic_version")
-    text = _MIGRATION.format(message=message, revision=revision, head=head, statement=statement)
-    return {f"app/migrations/versions/{revision}.py": text}
+    return harness.migration(site.psql("SELECT version_num FROM alembic_version"), revision, message, statement)
 
 
 @pytest.fixture(scope="module")

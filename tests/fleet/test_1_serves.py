@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import ssl
 from dataclasses import replace
@@ -63,10 +62,7 @@ def test_https_is_verified_and_serves_the_page(fleet: Fleet) -> None:
 
 
 def test_http_leads_to_https(fleet: Fleet) -> None:
-    connection = http.client.HTTPConnection("127.0.0.1", fleet.lb.http_port, timeout=10)
-    connection.request("GET", "/api/info?x=1", headers={"Host": DOMAIN})
-    response = connection.getresponse()
-    connection.close()
+    response = fleet.lb.plain("/api/info?x=1")
     assert response.status in (301, 308)
     assert response.headers["Location"] == f"https://{DOMAIN}/api/info?x=1"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import socket
 import ssl
@@ -30,10 +29,7 @@ def test_a_post_is_written_and_read(server: Server) -> None:
 
 
 def test_http_leads_to_https(server: Server) -> None:
-    connection = http.client.HTTPConnection("127.0.0.1", server.http_port, timeout=10)
-    connection.request("GET", "/api/info?x=1", headers={"Host": DOMAIN})
-    response = connection.getresponse()
-    connection.close()
+    response = server.plain("/api/info?x=1")
     assert response.status in (301, 308)
     assert response.headers["Location"] == f"https://{DOMAIN}/api/info?x=1"
 

@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.host_files import replace_symlink
 
 DOCUMENTATION = r"""
 ---
@@ -102,10 +103,7 @@ def main() -> None:
     try:
         path.mkdir(mode=0o755, exist_ok=True)
         install(module, venv, requirements)
-        link = path / ".current"
-        link.unlink(missing_ok=True)
-        link.symlink_to(venv.name)
-        link.replace(current)
+        replace_symlink(current, venv.name)
         for old in path.iterdir():
             if old.is_dir() and not old.is_symlink() and old != venv:
                 shutil.rmtree(old)

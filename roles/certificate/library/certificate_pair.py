@@ -7,11 +7,11 @@ import base64
 import grp
 import os
 import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.host_files import NewFile, diff_of, replace_files, write_file
 
 DOCUMENTATION = r"""
 ---
@@ -216,39 +216,6 @@ def der_of_crl(text: str) -> bytes:
         raise PairError(f"The list of revoked certificates is not PEM: {error}") from None
 
 
-def put_crl(path: Path, data: bytes) -> None:
-    """Replace the list at `path` as a whole."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(descriptor, "wb") as stream:
-        stream.write(data)
-    Path(name).chmod(CERTIFICATE_MODE)
-    Path(name).replace(path)
-
-
-def replace_all(files: list[tuple[Path, str, int]]) -> None:
-    """Replace every (path, content, mode) in `files`, or none of them.
-
-    All are written and synced under passing names first, where a full disk shows; the renames cannot fail for that.
-    """
-    staged: list[tuple[Path, Path]] = []
-    try:
-        for path, content, mode in files:
-            # mkstemp creates 0600, so a key is never readable by others, not for an instant.
-            descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-            staged.append((Path(name), path))
-            with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-            Path(name).chmod(mode)
-    except OSError:
-        for temporary, _ in staged:
-            temporary.unlink()
-        raise
-    for temporary, path in staged:
-        temporary.replace(path)
-
-
 def stop_renewal(unit: str, *, check: bool) -> bool:
     """Stop and remove the timer `unit` and its service. Return whether there was one."""
     files = [path for kind in ("timer", "service") if (path := UNITS / f"{unit}.{kind}").exists()]
@@ -293,13 +260,13 @@ def converge(parameters: dict[str, Any], *, check: bool, diff: bool) -> dict[str
     certificate_file = directory / f"{parameters['name']}.crt"
     key, certificate = read(key_file), read(certificate_file)
 
-    new: list[tuple[Path, str, int]] = []
+    new: list[NewFile] = []
     if parameters["private_key"] and parameters["private_key"].strip() != key.strip():
         key = parameters["private_key"].strip() + "\n"
-        new.append((key_file, key, KEY_MODE))
+        new.append(NewFile(key_file, key, KEY_MODE))
     elif not key and not check:
         key = new_key()
-        new.append((key_file, key, KEY_MODE))
+        new.append(NewFile(key_file, key, KEY_MODE))
     changed = bool(new) or not key
     if parameters["not_renewed_by"]:
         changed |= stop_renewal(parameters["not_renewed_by"], check=check)
@@ -310,7 +277,7 @@ def converge(parameters: dict[str, Any], *, check: bool, diff: bool) -> dict[str
     if replaces_certificate:
         if public_key and public_key_of_certificate(wanted) != public_key:
             raise PairError(f"The certificate for {certificate_file} does not belong to the key; nothing was changed.")
-        new.append((certificate_file, wanted + "\n", CERTIFICATE_MODE))
+        new.append(NewFile(certificate_file, wanted + "\n", CERTIFICATE_MODE))
 
     crl_file = directory / f"{parameters['name']}.crl"
     replaces_crl = bool(parameters["crl"]) and der_of_crl(parameters["crl"]) != read_bytes(crl_file)
@@ -322,9 +289,9 @@ def converge(parameters: dict[str, Any], *, check: bool, diff: bool) -> dict[str
     if directory.is_dir():
         changed |= fix_mode(directory, DIRECTORY_MODE, check=check)
     if not check:
-        replace_all(new)
+        replace_files(new)
         if replaces_crl:
-            put_crl(crl_file, der_of_crl(parameters["crl"]))
+            write_file(crl_file, der_of_crl(parameters["crl"]), CERTIFICATE_MODE)
     group = group_number(parameters["group"], check=check)
     for path, mode, owner in ((key_file, KEY_MODE, group), (certificate_file, CERTIFICATE_MODE, 0)):
         if path.exists():
@@ -343,14 +310,9 @@ def converge(parameters: dict[str, Any], *, check: bool, diff: bool) -> dict[str
     if parameters["temporary"] and not certificate and not wanted:
         result["changed"] = True
         if not check:
-            replace_all([(certificate_file, self_signed(result["csr"], key_file), CERTIFICATE_MODE)])
+            write_file(certificate_file, self_signed(result["csr"], key_file), CERTIFICATE_MODE)
     if diff and replaces_certificate:
-        result["diff"] = {
-            "before": describe(certificate),
-            "after": describe(wanted),
-            "before_header": str(certificate_file),
-            "after_header": str(certificate_file),
-        }
+        result["diff"] = diff_of(certificate_file, describe(certificate), describe(wanted))
     return result
 
 

@@ -11,24 +11,16 @@ Arguments, beside the module's own:
 
 from __future__ import annotations
 
-import importlib.util
+import runpy
 import typing as t
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 
 from ansible.plugins.action import ActionBase
 
 PREFLIGHT = Path(__file__).resolve().parents[2] / "preflight"
-
-
-def _second_connection() -> ModuleType:
-    """Import role preflight's plugin_utils/second_connection.py."""
-    file = PREFLIGHT / "plugin_utils" / "second_connection.py"
-    spec = importlib.util.spec_from_file_location("second_connection", file)
-    assert spec is not None and spec.loader is not None  # noqa: S101, PT018 - it is a file of this project
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+# An action plugin has no other way to import what several share.
+SECOND = SimpleNamespace(**runpy.run_path(str(PREFLIGHT / "plugin_utils" / "second_connection.py")))
 
 
 class ActionModule(ActionBase):
@@ -40,7 +32,6 @@ class ActionModule(ActionBase):
         """Return what the module returns, or a failure that says what to correct and that the rules are as before."""
         super().run(tmp, task_vars)
         self.task_vars = task_vars or {}
-        self.second = second = _second_connection()
         arguments = dict(self._task.args)
         settings = arguments.pop("settings_file", "group_vars/all/vars.yml")
         result = self._module(arguments)
@@ -48,8 +39,8 @@ class ActionModule(ActionBase):
             return self._failure(str(result.get("msg", "failed")))
         if not result.get("armed"):
             return result
-        if second.goes_by_ssh(self._connection):
-            proof = second.log_in(self._connection, self._play_context, None)
+        if SECOND.goes_by_ssh(self._connection):
+            proof = SECOND.log_in(self._connection, self._play_context, None)
             if not proof.ok:
                 text = (
                     f"with the new rules nobody logs in from here: {proof.reason}. Look at ssh_sources and ssh_port "
@@ -60,7 +51,7 @@ class ActionModule(ActionBase):
         return self._failure(str(kept.get("msg", "failed"))) if kept.get("failed") else result
 
     def _undo(self, text: str, seconds: int) -> dict[str, t.Any]:
-        if self.second.taken_back(lambda: self._module({"state": "undone"})):
+        if SECOND.taken_back(lambda: self._module({"state": "undone"})):
             return self._failure(text)
         return self._failure(text, f"The server goes back to the rules before by itself, within {seconds} seconds.")
 
@@ -71,5 +62,5 @@ class ActionModule(ActionBase):
         return result
 
     def _failure(self, text: str, ending: str = "The rules are those from before.") -> dict[str, t.Any]:
-        failed: dict[str, t.Any] = self.second.failure(self.task_vars["inventory_hostname"], text, ending)
+        failed: dict[str, t.Any] = SECOND.failure(self.task_vars["inventory_hostname"], text, ending)
         return failed

@@ -7,12 +7,13 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.host_files import diff_of, write_file
+from ansible.module_utils.undo_timer import SYSTEMCTL, ChangeError, UndoTimer, run
 
 DOCUMENTATION = r"""
 module: firewall_rules
@@ -50,8 +51,9 @@ RULES = Path("/etc/hardstand/firewall.nft")
 STATE = Path("/var/lib/hardstand/firewall")
 UNIT_FILE = Path("/etc/systemd/system/hardstand-firewall.service")
 DROP_IN = Path("/etc/systemd/system/nftables.service.d/hardstand-firewall.conf")
-UNIT, TIMER = "hardstand-firewall.service", "hardstand-firewall-undo"
-NFT, SYSTEMCTL, SYSTEMD_RUN = "/usr/sbin/nft", "/usr/bin/systemctl", "/usr/bin/systemd-run"
+UNIT = "hardstand-firewall.service"
+TIMER = UndoTimer("hardstand-firewall-undo", STATE / "undo", "firewall_undo_seconds")
+NFT = "/usr/sbin/nft"
 
 # Seconds in which the kernel gets to know the connections that there are, before it drops what belongs to none.
 LEARN_SECONDS = 2.0
@@ -63,23 +65,6 @@ table inet {TABLE} {{
 """
 
 
-class FirewallError(Exception):
-    """It cannot be done; the message says why, and the rules are those from before."""
-
-
-def run(*command: str | Path, stdin: str = "", check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run a command. Raises FirewallError with its own words."""
-    words = [str(word) for word in command]
-    environment = {**os.environ, "LC_ALL": "C.UTF-8"}
-    try:
-        done = subprocess.run(words, input=stdin, capture_output=True, text=True, check=False, env=environment)  # noqa: S603
-    except FileNotFoundError as error:
-        raise FirewallError(f"{words[0]} is missing: install the Debian package it comes with.") from error
-    if check and done.returncode != 0:
-        raise FirewallError(f"{Path(words[0]).name}: {(done.stderr or done.stdout).strip()}")
-    return done
-
-
 def loaded() -> str:
     """Return a digest of the kernel's rules, without what they have counted; empty when there are none."""
     done = run(NFT, "-s", "-t", "list", "table", "inet", TABLE, check=False)
@@ -87,11 +72,11 @@ def loaded() -> str:
 
 
 def refuse_a_kernel_that_takes_no_rules() -> None:
-    """Raise FirewallError where nobody may set rules, as in a container without the capability NET_ADMIN."""
+    """Raise ChangeError where nobody may set rules, as in a container without the capability NET_ADMIN."""
     done = run(NFT, "list", "tables", check=False)
     if done.returncode != 0:
         said = (done.stderr.strip().splitlines() or ["nft failed"])[0]
-        raise FirewallError(
+        raise ChangeError(
             f"this kernel lets root set no rules ({said}). "
             "A container needs the capability NET_ADMIN; where the host has the firewall: firewall_enabled: false."
         )
@@ -113,70 +98,51 @@ def apply(rules: str, seconds: int, check: bool) -> dict[str, Any]:
     result: dict[str, Any] = {
         "changed": True,
         "armed": False,
-        "diff": {"before_header": str(RULES), "after_header": str(RULES), "before": before, "after": rules},
+        "diff": diff_of(RULES, before, rules),
     }
     if check and not Path(NFT).exists():
         return result
     refuse_a_kernel_that_takes_no_rules()
     run(NFT, "-c", "-f", "-", stdin=rules)
     # What an earlier run has left is neither kept nor undone, so it is proven now.
-    if is_current(rules) and not (STATE / "undo").exists():
+    if is_current(rules) and not TIMER.script.exists():
         return {**result, "changed": False}
     if check:
         return result
 
     STATE.mkdir(mode=0o700, parents=True, exist_ok=True)
-    disarm()
+    TIMER.disarm()
     known = bool(loaded())
-    candidate, script = STATE / "candidate.nft", STATE / "undo"
+    candidate = STATE / "candidate.nft"
     candidate.write_text(rules)
     # Back to what an operator has proven once, or to no firewall: whatever else the kernel has may be the mistake.
     back = f"{NFT} -f {RULES}" if known and before else f"{NFT} delete table inet {TABLE}"
-    script.write_text(
+    TIMER.script.write_text(
         "#!/bin/sh\n# Made by role firewall: goes back from rules that nobody has proven to work.\n"
-        f"{back}\nrm -f {candidate} {script}\n"
+        f"{back}\nrm -f {candidate} {TIMER.script}\n"
     )
-    run(SYSTEMD_RUN, "--quiet", f"--unit={TIMER}", f"--on-active={seconds}", "--timer-property=AccuracySec=1s",
-        "/bin/sh", script)  # fmt: skip
+    TIMER.arm(seconds)
     try:
         if not known:
             run(NFT, "-f", "-", stdin=LEARN)
             time.sleep(LEARN_SECONDS)
         run(NFT, "-f", candidate)
-    except FirewallError:
-        undo()
+    except ChangeError:
+        TIMER.undo()
         raise
     return {**result, "armed": True}
 
 
-def disarm() -> None:
-    """Stop the timer, whether there is one or not."""
-    run(SYSTEMCTL, "stop", f"{TIMER}.timer", check=False)
-    run(SYSTEMCTL, "reset-failed", f"{TIMER}.timer", f"{TIMER}.service", check=False)
-
-
 def keep() -> None:
-    """Let the new rules stand. Raises FirewallError when the server has gone back already."""
-    run(SYSTEMCTL, "stop", f"{TIMER}.timer", check=False)
-    candidate, script = STATE / "candidate.nft", STATE / "undo"
-    if not script.exists():
-        raise FirewallError("the proof took too long, and the server has gone back. Raise firewall_undo_seconds.")
+    """Let the new rules stand. Raises ChangeError when the server has gone back already."""
+    TIMER.stop()
+    candidate = STATE / "candidate.nft"
     RULES.parent.mkdir(mode=0o755, exist_ok=True)
-    temporary = RULES.with_name(f".{RULES.name}")
-    temporary.write_text(candidate.read_text())
-    temporary.chmod(0o644)
-    temporary.rename(RULES)
+    write_file(RULES, candidate.read_text(), 0o644)
     (STATE / "loaded.json").write_text(json.dumps({"kernel": loaded()}))
-    for file in (candidate, script):
+    for file in (candidate, TIMER.script):
         file.unlink()
-    disarm()
-
-
-def undo() -> None:
-    """Go back, now. Does nothing when it is done."""
-    disarm()
-    if (STATE / "undo").is_file():
-        run("/bin/sh", STATE / "undo")
+    TIMER.disarm()
 
 
 def remove(check: bool) -> bool:
@@ -184,7 +150,7 @@ def remove(check: bool) -> bool:
     present = UNIT_FILE.exists() or RULES.exists() or STATE.exists()
     if not present or check:
         return present
-    disarm()
+    TIMER.disarm()
     DROP_IN.unlink(missing_ok=True)
     if UNIT_FILE.exists():
         run(SYSTEMCTL, "disable", "--now", UNIT)
@@ -216,9 +182,9 @@ def main() -> None:
         if p["state"] == "absent":
             changed = remove(module.check_mode)
         elif not module.check_mode:
-            (keep if p["state"] == "kept" else undo)()
+            (keep if p["state"] == "kept" else TIMER.undo)()
         module.exit_json(changed=changed, armed=False)
-    except (FirewallError, OSError) as error:
+    except (ChangeError, OSError) as error:
         module.fail_json(msg=str(error))
 
 

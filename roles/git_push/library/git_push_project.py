@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.host_files import replace_symlink, write_file
 
 DOCUMENTATION = r"""
 module: git_push_project
@@ -58,22 +59,14 @@ def make_current(link: Path, tree: Path) -> bool:
     """Point the link at a tree; returns whether it pointed elsewhere."""
     if link.is_symlink() and str(link.readlink()) == tree.name:
         return False
-    fresh = link.with_name(".project-link")
-    fresh.unlink(missing_ok=True)
-    fresh.symlink_to(tree.name)
-    fresh.replace(link)
+    replace_symlink(link, tree.name)
     return True
 
 
 def write_password(file: Path, password: str, user: str) -> None:
     """Write the password, for its account alone, in one step."""
     account = pwd.getpwnam(user)
-    descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=".vault-password-")
-    with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-        os.fchown(descriptor, account.pw_uid, account.pw_gid)
-        os.fchmod(descriptor, 0o400)
-        stream.write(f"{password}\n")
-    Path(name).replace(file)
+    write_file(file, f"{password}\n", 0o400, account.pw_uid, account.pw_gid)
 
 
 def password_is(file: Path, password: str, user: str) -> bool:

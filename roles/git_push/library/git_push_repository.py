@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.host_files import replace_symlink
 
 DOCUMENTATION = r"""
 module: git_push_repository
@@ -99,8 +100,7 @@ def make(repository: Repository, branch: str, hook: str | None, wanted: list[str
     if hook and "hook" in wanted:
         link = repository.path / "hooks/pre-receive"
         link.parent.mkdir(exist_ok=True)
-        link.unlink(missing_ok=True)
-        link.symlink_to(hook)
+        replace_symlink(link, hook)
 
 
 def main() -> None:

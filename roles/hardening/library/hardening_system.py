@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.host_files import diff_of, write_file
 
 DOCUMENTATION = r"""
 ---
@@ -121,19 +122,6 @@ def checked(content: str, command: list[str], path: str) -> None:
             raise RefusedError(f"{path} is not valid; the one that is there was kept.\n{output}")
 
 
-def write(path: Path, content: str, mode: int) -> None:
-    """Replace a file in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, prefix=".hardstand-", delete=False
-    ) as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-        os.fchmod(file.fileno(), mode)
-    Path(file.name).replace(path)
-
-
 def set_kernel(wanted: dict[str, Any], *, container: bool, check: bool) -> tuple[list[str], list[str]]:
     """Bring kernel settings to their values; returns the names of those that changed, and of those that could not."""
     changed: list[str] = []
@@ -209,7 +197,8 @@ def converge(parameters: dict[str, Any], *, check: bool, diff: bool) -> dict[str
             if content is None:
                 path.unlink(missing_ok=True)
             else:
-                write(path, content, mode)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_file(path, content, mode)
     changed, refused = set_kernel(parameters["sysctl"], container=container, check=check)
     result: dict[str, Any] = {
         "changed": bool(changes or changed),
@@ -220,10 +209,7 @@ def converge(parameters: dict[str, Any], *, check: bool, diff: bool) -> dict[str
         "units": at_rest(parameters["units"]),
     }
     if diff:
-        result["diff"] = [
-            {"before": before or "", "after": content or "", "before_header": str(path), "after_header": str(path)}
-            for path, before, content, _ in changes
-        ]
+        result["diff"] = [diff_of(path, before, content) for path, before, content, _ in changes]
     return result
 
 

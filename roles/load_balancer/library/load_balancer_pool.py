@@ -11,13 +11,13 @@ import os
 import re
 import socket
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.host_files import diff_of, write_file
 
 DOCUMENTATION = r"""
 ---
@@ -216,21 +216,6 @@ def load(text: str) -> None:
         raise PoolError(f"nft refuses the pool's rules: {done.stderr.strip()}\n{text}")
 
 
-def replace(path: Path, text: str) -> None:
-    """Replace a file's content; a crash leaves the old file or the new one."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except OSError:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
 def remote(member: Member) -> str:
     """Return a member's address and port as /proc/net/tcp writes them: words in the byte order of the machine."""
     packed = ipaddress.ip_address(member["address"]).packed
@@ -395,7 +380,7 @@ class Pool:
             return bool(wrong) or not agrees
         self.directory.mkdir(parents=True, exist_ok=True)
         for file, text in wrong.items():
-            replace(file, text)
+            write_file(file, text, 0o644)
         if not agrees or self.rules_file in wrong:
             # Drained servers that have just left the pool stay refused until nginx has been told, and the next change.
             places = {at(member) for member in self.members.values()}
@@ -422,12 +407,9 @@ class Pool:
             "remaining": {},
             "seconds": 0.0,
             "at_boot": (WANTS / f"hardstand-pool@{self.name}.service").is_symlink(),
-            "diff": {
-                "before": self._text(self.before) if self.before else "",
-                "after": self._text(self.members),
-                "before_header": str(self.state_file),
-                "after_header": str(self.state_file),
-            },
+            "diff": diff_of(
+                self.state_file, self._text(self.before) if self.before else None, self._text(self.members)
+            ),
         }
 
 

@@ -12,6 +12,7 @@ import typing as t
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.host_files import NewFile, diff_of, replace_files
 from ansible.module_utils.postgresql_host import Cluster, PostgresqlError, find_cluster, psql, query, run
 
 DOCUMENTATION = r"""
@@ -128,34 +129,12 @@ class File(t.NamedTuple):
             grp.getgrnam(self.group).gr_gid,
         )
 
-    def write(self, path: Path) -> None:
-        """Write it to a path beside its place, with its owner and mode from the first byte on."""
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            stream.write(self.content)
-            stream.flush()
-            os.fchown(descriptor, 0, grp.getgrnam(self.group).gr_gid)
-            os.fchmod(descriptor, self.mode)
-            os.fsync(descriptor)
-
 
 def replace(files: list[File]) -> None:
-    """Replace all files. A full disk shows before the first one is: what comes last is renames."""
-    staged: list[tuple[Path, Path]] = []
-    try:
-        for file in files:
-            file.path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-            # Hidden and without .conf, so that no include_dir takes it for one of its files.
-            beside = file.path.with_name(f".{file.path.name}.new")
-            beside.unlink(missing_ok=True)
-            staged.append((beside, file.path))
-            file.write(beside)
-    except OSError:
-        for beside, _ in staged:
-            beside.unlink(missing_ok=True)
-        raise
-    for beside, path in staged:
-        beside.replace(path)
+    """Replace all files, or none, with their owners and modes from the first byte on."""
+    for file in files:
+        file.path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    replace_files([NewFile(file.path, file.content, file.mode, 0, grp.getgrnam(file.group).gr_gid) for file in files])
 
 
 def test(cluster: Cluster, files: list[File]) -> None:
@@ -287,16 +266,7 @@ def converge(parameters: dict[str, t.Any], *, check: bool, diff: bool) -> dict[s
         "max_connections": state["max_connections"],
     }
     if diff:
-        result["diff"] = [
-            {
-                "before": before[file.path] or "",
-                "after": file.content,
-                "before_header": str(file.path),
-                "after_header": str(file.path),
-            }
-            for file in changes
-            if not file.secret
-        ]
+        result["diff"] = [diff_of(file.path, before[file.path], file.content) for file in changes if not file.secret]
     if any(file.path.is_relative_to(cluster.configuration) for file in changes):
         test(cluster, changes)
     unread = cluster.running and any(

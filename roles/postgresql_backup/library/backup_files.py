@@ -7,11 +7,11 @@ import grp
 import os
 import pwd
 import subprocess
-import tempfile
 import typing as t
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.host_files import diff_of, write_file
 
 DOCUMENTATION = r"""
 module: backup_files
@@ -131,22 +131,6 @@ def make_directory(wanted: t.Mapping[str, t.Any], check: bool) -> bool:
     return True
 
 
-def write(path: Path, data: bytes, uid: int, gid: int, mode: int) -> None:
-    """Replace a file as a whole, never readable by more than its mode says."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(descriptor)
-            os.fchown(descriptor, uid, gid)
-            os.fchmod(descriptor, mode)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
 def put_file(wanted: t.Mapping[str, t.Any], check: bool) -> tuple[bool, dict[str, str] | None]:
     """Write a file that differs; returns whether anything changed, and what to show of it."""
     path = Path(wanted["path"])
@@ -161,15 +145,10 @@ def put_file(wanted: t.Mapping[str, t.Any], check: bool) -> tuple[bool, dict[str
     if before == data:
         return own(path, uid, gid, mode, check), None
     if not check:
-        write(path, data, uid, gid, mode)
+        write_file(path, data, mode, uid, gid)
     if secret:
-        return True, {"before": "", "after": "", "before_header": str(path), "after_header": f"{path} (not shown)"}
-    return True, {
-        "before": (before or b"").decode(errors="replace"),
-        "after": data.decode(),
-        "before_header": str(path),
-        "after_header": str(path),
-    }
+        return True, {**diff_of(path, None, None), "after_header": f"{path} (not shown)"}
+    return True, diff_of(path, (before or b"").decode(errors="replace"), data.decode())
 
 
 def converge(parameters: t.Mapping[str, t.Any], check: bool) -> dict[str, t.Any]:

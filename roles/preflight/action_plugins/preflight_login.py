@@ -16,23 +16,18 @@ does not answer at all is the next task's business, which knows what to say.
 from __future__ import annotations
 
 import getpass
-import importlib.util
+import runpy
 import typing as t
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 
 from ansible.errors import AnsibleConnectionFailure
 from ansible.plugins.action import ActionBase
 
-
-def _second_connection() -> ModuleType:
-    """Import plugin_utils/second_connection.py."""
-    file = Path(__file__).resolve().parents[1] / "plugin_utils" / "second_connection.py"
-    spec = importlib.util.spec_from_file_location("second_connection", file)
-    assert spec is not None and spec.loader is not None  # noqa: S101, PT018 - it is a file of this role
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+# An action plugin has no other way to import what several share.
+SECOND = SimpleNamespace(
+    **runpy.run_path(str(Path(__file__).resolve().parents[1] / "plugin_utils" / "second_connection.py"))
+)
 
 
 def problem(user: str, admins: t.Sequence[str]) -> str:
@@ -53,8 +48,7 @@ class ActionModule(ActionBase):
     def run(self, tmp: str | None = None, task_vars: dict[str, t.Any] | None = None) -> dict[str, t.Any]:
         """Return who logs in, and whether it is root for now."""
         super().run(tmp, task_vars)
-        second = _second_connection()
-        if not second.goes_by_ssh(self._connection):
+        if not SECOND.goes_by_ssh(self._connection):
             return {"changed": False, "user": "", "fallback": False}
         user = self._connection.get_option("remote_user") or getpass.getuser()
         admins = list(self._task.args.get("admins") or [])
@@ -70,7 +64,7 @@ class ActionModule(ActionBase):
         except AnsibleConnectionFailure as error:
             if (
                 "Permission denied" in str(error)
-                and second.log_in(self._connection, self._play_context, "root", tries=1).ok
+                and SECOND.log_in(self._connection, self._play_context, "root", tries=1).ok
             ):
                 result["fallback"] = True
         return result

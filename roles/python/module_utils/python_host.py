@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import tempfile
 import typing as t
 from pathlib import Path
+
+from ansible.module_utils.host_files import write_file
 
 if t.TYPE_CHECKING:
     from ansible.module_utils.basic import AnsibleModule
@@ -119,14 +119,7 @@ def put_in_place(new: Path, path: Path, mark: str) -> None:
 
 def write_json(path: Path, value: dict[str, t.Any]) -> None:
     """Write a stamp that is there either in full or not at all, also after a power failure."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    with os.fdopen(descriptor, "w") as file:
-        json.dump(value, file, indent=2, sort_keys=True)
-        file.write("\n")
-        file.flush()
-        os.fsync(descriptor)
-    Path(name).chmod(0o644)
-    Path(name).rename(path)
+    write_file(path, json.dumps(value, indent=2, sort_keys=True) + "\n", 0o644)
 
 
 def sha256(path: Path) -> str:

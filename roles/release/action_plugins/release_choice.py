@@ -14,12 +14,13 @@ from __future__ import annotations
 import runpy
 import typing as t
 from pathlib import Path
+from types import SimpleNamespace
 
 from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
 
-# Ansible gives an action plugin no way to import another one of its role.
-PLAN = runpy.run_path(str(Path(__file__).resolve().with_name("release_plan.py")))
+# An action plugin has no other way to import another one.
+PLAN = SimpleNamespace(**runpy.run_path(str(Path(__file__).resolve().with_name("release_plan.py"))))
 
 Release = dict[str, t.Any]
 
@@ -119,6 +120,6 @@ class ActionModule(ActionBase):
             release_id=release["release"],
             commit=release["commit"],
             msg=f"Going back to {release['release']}: {release['subject']}",
-            deploy={**PLAN["deploy_of"](release["commit"]), "rollback": True},
+            deploy={**PLAN.deploy_of(release["commit"]), "rollback": True},
         )
         return result

@@ -12,39 +12,26 @@ Returns what the module does, and for step `look` `lines`: what is pending, for 
 from __future__ import annotations
 
 import ast
-import importlib.util
 import re
 import runpy
 import textwrap
 import typing as t
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 
 from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
 
 HERE = Path(__file__).resolve().parent
-# An action plugin has no other way to import another one of its role.
-PLAN = runpy.run_path(str(HERE / "release_plan.py"))
-BUILD = runpy.run_path(str(HERE / "release_build.py"))
+# An action plugin has no other way to import another one, or what several share.
+PLAN = SimpleNamespace(**runpy.run_path(str(HERE / "release_plan.py")))
+BUILD = SimpleNamespace(**runpy.run_path(str(HERE / "release_build.py")))
+GATE = SimpleNamespace(**runpy.run_path(str(HERE.parent / "plugin_utils" / "release_gate.py")))
 
 # Lines of one statement to show.
 _STATEMENT_LINES = 6
 
 Revision = dict[str, str]
-
-
-def _load_gate() -> ModuleType:
-    """Import plugin_utils/release_gate.py."""
-    spec = importlib.util.spec_from_file_location("release_gate", HERE.parent / "plugin_utils" / "release_gate.py")
-    assert spec is not None  # noqa: S101
-    assert spec.loader is not None  # noqa: S101
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-GATE = _load_gate()
 
 
 def describe(pending: t.Sequence[Revision]) -> list[str]:
@@ -70,13 +57,13 @@ def new_migrations(path: str, commit: str, live: str, subdirectory: str) -> list
     changed = ["ls-tree", "-r", "--name-only", "--full-tree", commit]
     if live:
         changed = ["diff", "--name-only", "--no-renames", "--diff-filter=A", live, commit, "--", *specs]
-    listed = PLAN["git"]("-c", "core.quotePath=false", *changed, path=path)
+    listed = PLAN.git("-c", "core.quotePath=false", *changed, path=path)
     found: list[Revision] = []
     follows: dict[str, set[str]] = {}
     for name in listed.splitlines():
         if not re.match(rf"{re.escape(where)}(?:.*/)?(?:versions|migrations)/[^/]+\.py$", name):
             continue
-        about = read_migration(PLAN["git"]("show", f"{commit}:{name}", path=path))
+        about = read_migration(PLAN.git("show", f"{commit}:{name}", path=path))
         if about is not None:
             revision, message, parents = about
             found.append({"revision": revision, "message": f"{message} ({name})".strip()})
@@ -191,7 +178,7 @@ class ActionModule(ActionBase):
         # YAML takes an unquoted off for false.
         lint = "off" if lint is False else lint
         settings = args.pop("settings_file", "")
-        args["secrets"] = BUILD["encode_dotenv"](args.pop("secrets", None) or {})
+        args["secrets"] = BUILD.encode_dotenv(args.pop("secrets", None) or {})
         args["sql"] = lint != "off"
         result.update(self._execute_module(module_args=args, task_vars=variables))
         if args["step"] != "look" or result.get("failed") or result.get("unreachable"):

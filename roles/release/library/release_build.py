@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.host_files import write_file
 from ansible.module_utils.release_host import (
     Account,
     Layout,
@@ -32,7 +33,6 @@ from ansible.module_utils.release_host import (
     record_failure,
     remove_tree,
     run,
-    write_file,
 )
 
 DOCUMENTATION = r"""

@@ -15,13 +15,14 @@ import signal
 import socket
 import stat
 import subprocess
-import tempfile
 import time
 import typing as t
 import urllib.parse
 import xmlrpc.client
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from ansible.module_utils.host_files import write_file
 
 SLOTS = ("blue", "green")
 
@@ -179,38 +180,6 @@ def run(
 def last_lines(text: str, count: int) -> str:
     """Return the last `count` lines of a text, without the blank ones at its end."""
     return "\n".join(text.rstrip().splitlines()[-count:])
-
-
-def write_file(path: Path, content: str | bytes, mode: int, uid: int = 0, gid: int = 0) -> None:
-    """Write a file so that a reader sees the old or the new content, and nobody sees it with wider rights."""
-    data = content.encode() if isinstance(content, str) else content
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            os.fchown(descriptor, uid, gid)
-            os.fchmod(descriptor, mode)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def replace_symlink(path: Path, target: str) -> None:
-    """Point a symbolic link elsewhere with one rename(2): `ln -sfn` leaves a moment without a link."""
-    temporary = path.parent / f".{path.name}.new"
-    with suppress(FileNotFoundError):
-        temporary.unlink()
-    temporary.symlink_to(target)
-    temporary.replace(path)
-    # The link decides what a rebooted server serves, so it must be on the disk before the old slot goes.
-    descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def remove_tree(path: Path) -> None:

@@ -8,6 +8,7 @@ import time
 import typing as t
 from pathlib import Path
 
+from ansible.module_utils.host_files import replace_symlink, write_file
 from ansible.module_utils.release_host import (
     SLOTS,
     Layout,
@@ -18,8 +19,6 @@ from ansible.module_utils.release_host import (
     connections,
     last_lines,
     read_pending,
-    replace_symlink,
-    write_file,
 )
 
 # Seconds between two looks at something that is awaited: short against a start, long against what a look costs.

@@ -12,24 +12,16 @@ Arguments, beside the module's own:
 
 from __future__ import annotations
 
-import importlib.util
+import runpy
 import typing as t
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 
 from ansible.plugins.action import ActionBase
 
 PREFLIGHT = Path(__file__).resolve().parents[2] / "preflight"
-
-
-def _second_connection() -> ModuleType:
-    """Import role preflight's plugin_utils/second_connection.py."""
-    file = PREFLIGHT / "plugin_utils" / "second_connection.py"
-    spec = importlib.util.spec_from_file_location("second_connection", file)
-    assert spec is not None and spec.loader is not None  # noqa: S101, PT018 - it is a file of this project
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+# An action plugin has no other way to import what several share.
+SECOND = SimpleNamespace(**runpy.run_path(str(PREFLIGHT / "plugin_utils" / "second_connection.py")))
 
 
 class ActionModule(ActionBase):
@@ -45,11 +37,10 @@ class ActionModule(ActionBase):
         operator = str(arguments.pop("operator", "") or "")
         self.settings = arguments.pop("settings_file", "group_vars/all/vars.yml")
         self.host = self.task_vars["inventory_hostname"]
-        self.second = second = _second_connection()
         admins = arguments.get("admins") or []
         asks = any(admin["name"] == operator and admin.get("sudo") == "password" for admin in admins)
         password = self._become_password() if asks else None
-        if asks and not password and second.goes_by_ssh(self._connection):
+        if asks and not password and SECOND.goes_by_ssh(self._connection):
             return self._failure(
                 f"ssh_admins ({self.settings}) has sudo ask {operator} for a password, and Ansible has none: run "
                 f"it with --ask-become-pass, once {operator} has a password (sudo passwd {operator} on the server)"
@@ -59,9 +50,9 @@ class ActionModule(ActionBase):
             return self._failure(str(result.get("msg", "failed")))
         if not result.get("armed"):
             return result
-        if second.goes_by_ssh(self._connection):
+        if SECOND.goes_by_ssh(self._connection):
             command = "sudo -k -S -p '' true" if password else "sudo -n true"
-            proof = second.log_in(
+            proof = SECOND.log_in(
                 self._connection, self._play_context, operator or None, command, f"{password}\n" if password else None
             )
             if not proof.ok:
@@ -86,7 +77,7 @@ class ActionModule(ActionBase):
                 f"({self.settings}), at the key that Ansible uses (ansible_ssh_private_key_file), and at other files "
                 "in /etc/ssh/sshd_config.d"
             )
-        if self.second.taken_back(lambda: self._module({"state": "undone"})):
+        if SECOND.taken_back(lambda: self._module({"state": "undone"})):
             return self._failure(text)
         return self._failure(text, f"The server takes everything back by itself, within {seconds} seconds.")
 
@@ -103,5 +94,5 @@ class ActionModule(ActionBase):
         return result
 
     def _failure(self, text: str, ending: str = "Nothing has been changed: one logs in as before.") -> dict[str, t.Any]:
-        failed: dict[str, t.Any] = self.second.failure(self.host, text, ending)
+        failed: dict[str, t.Any] = SECOND.failure(self.host, text, ending)
         return failed

@@ -10,12 +10,13 @@ import re
 import shlex
 import shutil
 import struct
-import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.host_files import diff_of, write_file
+from ansible.module_utils.undo_timer import SYSTEMCTL, ChangeError, UndoTimer, run
 
 DOCUMENTATION = r"""
 module: ssh_access
@@ -63,10 +64,9 @@ created:
 SSH = Path("/etc/ssh")
 SUDOERS = Path("/etc/sudoers.d/hardstand")
 UNDO = Path("/var/lib/hardstand/ssh/undo")
-UNIT = "hardstand-ssh-undo"
+TIMER = UndoTimer("hardstand-ssh-undo", UNDO / "undo", "ssh_undo_seconds")
 HEADER = "# Written by role ssh; changes here are lost.\n"
 
-SYSTEMCTL, SYSTEMD_RUN = "/usr/bin/systemctl", "/usr/bin/systemd-run"
 SSHD, SSH_KEYGEN, VISUDO, USERADD = "/usr/sbin/sshd", "/usr/bin/ssh-keygen", "/usr/sbin/visudo", "/usr/sbin/useradd"
 
 # What `ssh -Q` calls the algorithms of each option.
@@ -77,26 +77,8 @@ SMALLEST_MODULUS = 3071
 RSA_BITS = 4096
 
 
-class AccessError(Exception):
-    """It cannot be done; the message says why, and nothing is left half-done."""
-
-
-def run(*command: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run a command. Raises AccessError with its own words."""
-    environment = {**os.environ, "LC_ALL": "C.UTF-8"}
-    try:
-        done = subprocess.run(  # noqa: S603 - fixed commands
-            [str(word) for word in command], capture_output=True, text=True, check=False, env=environment
-        )
-    except FileNotFoundError as error:
-        raise AccessError(f"{command[0]} is missing: install the Debian package it comes with.") from error
-    if check and done.returncode != 0:
-        raise AccessError(f"{Path(command[0]).name}: {(done.stderr or done.stdout).strip()}")
-    return done
-
-
 def check_sudoers() -> None:
-    """Raise AccessError when a file of sudo has an error.
+    """Raise ChangeError when a file of sudo has an error.
 
     visudo also minds other permissions than 0440, which sudo does not.
     """
@@ -104,7 +86,7 @@ def check_sudoers() -> None:
     said = [line.strip() for line in f"{done.stdout}\n{done.stderr}".splitlines() if line.strip()]
     wrong = [line for line in said if not line.endswith("parsed OK") and "bad permissions" not in line]
     if done.returncode != 0 and wrong:
-        raise AccessError(f"sudo's files have an error: {'; '.join(wrong)}")
+        raise ChangeError(f"sudo's files have an error: {'; '.join(wrong)}")
 
 
 def known_algorithms(option: str) -> set[str]:
@@ -185,12 +167,7 @@ class Access:
             "armed": False,
             "created": accounts,
             "diff": [
-                {
-                    "before_header": str(path),
-                    "after_header": str(path),
-                    "before": path.read_text() if path.is_file() else "",
-                    "after": write[path][0] if path in write else "",
-                }
+                diff_of(path, path.read_text() if path.is_file() else None, write[path][0] if path in write else None)
                 for path in [*write, *remove]
             ],
         }
@@ -212,9 +189,9 @@ class Access:
             check_sudoers()
             run(SSHD, "-t")
             run(SYSTEMCTL, "try-reload-or-restart", "ssh.service")
-        except (AccessError, OSError) as error:
-            undo()
-            raise AccessError(str(error)) from error
+        except (ChangeError, OSError) as error:
+            TIMER.undo()
+            raise ChangeError(str(error)) from error
         return {**result, "armed": True}
 
     @staticmethod
@@ -224,7 +201,7 @@ class Access:
         except KeyError:
             return False
         if account.pw_uid == 0 or account.pw_shell.endswith(("/nologin", "/false")):
-            raise AccessError(
+            raise ChangeError(
                 f'there is an account "{name}" already that is nobody\'s to log in to '
                 f"(uid {account.pw_uid}, shell {account.pw_shell}). Give the administrator another name in ssh_admins."
             )
@@ -243,11 +220,7 @@ class Access:
             if not directory.is_dir():
                 directory.mkdir(mode=0o755)
                 directory.chmod(0o755)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".")
-        with os.fdopen(handle, "w") as file:
-            file.write(content)
-        Path(name).chmod(mode)
-        Path(name).rename(path)
+        write_file(path, content, mode)
 
     def _refuse_what_is_broken_already(self, check: bool) -> None:
         """What is not ours and has an error would be blamed on us, or keep us out."""
@@ -280,9 +253,9 @@ class Access:
 
     def _arm(self, paths: list[Path], accounts: list[str]) -> None:
         """Keep what is there now, and have the server go back to it by itself."""
-        disarm()
+        TIMER.disarm()
         # An earlier run's way back leads further back, to what was proven last: it stays, and ours comes on top.
-        script = UNDO / "undo"
+        script = TIMER.script
         earlier = script.read_text().splitlines()[2:-2] if script.is_file() else []
         saved = UNDO / "saved"
         saved.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -312,36 +285,14 @@ class Access:
             ]
         )
         script.write_text(f"{text}\n")
-        arm(int(self.parameters["undo_seconds"]))
-
-
-def arm(seconds: int) -> None:
-    """Start the timer."""
-    run(SYSTEMD_RUN, "--quiet", f"--unit={UNIT}", f"--on-active={seconds}", "--timer-property=AccuracySec=1s",
-        "/bin/sh", UNDO / "undo")  # fmt: skip
-
-
-def disarm() -> None:
-    """Stop the timer, whether there is one or not."""
-    run(SYSTEMCTL, "stop", f"{UNIT}.timer", check=False)
-    run(SYSTEMCTL, "reset-failed", f"{UNIT}.timer", f"{UNIT}.service", check=False)
+        TIMER.arm(int(self.parameters["undo_seconds"]))
 
 
 def keep() -> None:
-    """Let stand what was changed. Raises AccessError when the server has taken it back already."""
-    run(SYSTEMCTL, "stop", f"{UNIT}.timer", check=False)
-    if not UNDO.exists():
-        raise AccessError("the proof took too long, and the server has taken everything back. Raise ssh_undo_seconds.")
+    """Let stand what was changed. Raises ChangeError when the server has taken it back already."""
+    TIMER.stop()
     shutil.rmtree(UNDO)
-    disarm()
-
-
-def undo() -> None:
-    """Take back what was changed, now. Does nothing when it is done."""
-    disarm()
-    script = UNDO / "undo"
-    if script.is_file():
-        run("/bin/sh", script)
+    TIMER.disarm()
 
 
 def main() -> None:
@@ -362,9 +313,9 @@ def main() -> None:
         if state == "applied":
             module.exit_json(**Access(module.params).apply(module.check_mode))
         elif not module.check_mode:
-            (keep if state == "kept" else undo)()
+            (keep if state == "kept" else TIMER.undo)()
         module.exit_json(changed=state == "undone", armed=False, created=[])
-    except (AccessError, OSError) as error:
+    except (ChangeError, OSError) as error:
         module.fail_json(msg=re.sub(r"\s*\n\s*", "; ", str(error)))
 
 

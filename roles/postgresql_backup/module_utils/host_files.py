@@ -1,0 +1,1 @@
+../../preflight/module_utils/host_files.py

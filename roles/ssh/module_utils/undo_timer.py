@@ -1,0 +1,1 @@
+../../preflight/module_utils/undo_timer.py
