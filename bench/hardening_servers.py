@@ -1,4 +1,7 @@
-"""The servers that bench/hardening measures, in containers: default installs, hardened ones, and one for judges."""
+"""The servers that bench/hardening measures: default installs and hardened ones, and one for the judges.
+
+They are containers, or virtual machines for what a container cannot have: a kernel that is its own to set.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +17,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(PROJECT))
+from tests.virtual_machine import VirtualMachine  # noqa: E402
+
 CACHE = Path.home() / ".cache" / "hardstand" / "bench-hardening"
 VENV = CACHE / "venv"
 OBSERVATORY = CACHE / "observatory"
 
+RELEASES = ("12", "13")
 PREFIX = "hardstand-bench-hardening"
 JUDGE = f"{PREFIX}-judge"
 SUBNET, SUBNET6 = "10.213.83", "fd00:213:83:"
+# Virtual machines are at addresses of this machine's own, and this machine has this one for them.
+LOOPBACK, QEMU_HOST = "127.0.83", "10.0.2.2"
 ADMIN = "ada"
 
 # Judges from PyPI and npm. The others are those of Debian 13, on whatever the servers run.
@@ -151,7 +160,7 @@ def judge(command: str, codes: Container[int] = (0,)) -> str:
 
 @dataclass(frozen=True)
 class Server:
-    """A server to be judged; `kind` is default, single, lb or app."""
+    """A server to be judged, a container; `kind` is default, single, lb or app."""
 
     kind: str
     release: str
@@ -181,6 +190,11 @@ class Server:
         return f"{SUBNET6}:{self.number}"
 
     @property
+    def is_default(self) -> bool:
+        """Whether nothing is hardened on it."""
+        return self.kind in ("default", "bare")
+
+    @property
     def environment(self) -> str:
         """The environment that it belongs to."""
         return "fleet" if self.kind in ("lb", "app") else self.name
@@ -198,7 +212,7 @@ class Server:
     @property
     def path(self) -> str:
         """Something that the application answers without work."""
-        return "/api/live" if self.kind == "default" else "/health/live"
+        return "/api/live" if self.is_default else "/health/live"
 
     def sh(self, command: str) -> str:
         """Run a shell command as root on the server, and return what it printed."""
@@ -207,6 +221,15 @@ class Server:
     def write(self, path: str, content: str) -> None:
         """Write a file on the server."""
         run(["podman", "exec", "--interactive", self.container, "sh", "-c", f"cat >{path}"], stdin=content)
+
+    def put(self, file: Path, path: str) -> None:
+        """Copy a file to the server."""
+        run(["podman", "cp", str(file), f"{self.container}:{path}"])
+
+    def give_access(self, key: Path) -> str:
+        """Let root log in with a key, which is made unless it is there; returns the server's own public key."""
+        give = 'source bin/lib.sh; give_access "$1" "$2"'
+        return run(["bash", "-c", give, "bash", self.container, str(key)]).strip()
 
     @contextmanager
     def two_hops(self) -> Iterator[int]:
@@ -218,6 +241,34 @@ class Server:
             yield 8443
         finally:
             self.sh("rm /etc/nginx/sites-enabled/hops && systemctl reload nginx")
+
+
+@dataclass(frozen=True)
+class VirtualServer(Server):
+    """A server to be judged, a virtual machine; `kind` is bare or machine, which are what default and single are."""
+
+    machine: VirtualMachine
+
+    @property
+    def address(self) -> str:
+        """The IPv4 address, one of this machine's own."""
+        return self.machine.address
+
+    def sh(self, command: str) -> str:
+        """Run a shell command as root on the server, and return what it printed."""
+        return self.machine.sh(command)
+
+    def write(self, path: str, content: str) -> None:
+        """Write a file on the server."""
+        self.machine.write(path, content.encode())
+
+    def put(self, file: Path, path: str) -> None:
+        """Copy a file to the server."""
+        self.machine.write(path, file.read_bytes())
+
+    def give_access(self, _: Path) -> str:
+        """Return the server's own public key. Root logs in with the key that the machine was made with."""
+        return self.machine.known_hosts.read_text().partition(" ")[2].strip()
 
 
 class Servers(dict[str, Server]):
@@ -242,23 +293,29 @@ class Servers(dict[str, Server]):
         self.remove()
         note("Making the images, unless they are there")
         run(["molecule/shared/images"], seconds=1800)
-        wanted = [("default", "12", 12), ("default", "13", 13)]
-        if "single" in kinds:
-            wanted += [("single", "12", 22), ("single", "13", 23)]
-        if "lb" in kinds:
-            wanted += [("lb", "12", 32), ("lb", "13", 33), ("app", "13", 43)]
+        numbers = {"default": 10, "single": 20, "lb": 30}
+        wanted = [(kind, release, numbers[kind] + int(release)) for kind in numbers for release in RELEASES]
+        wanted += [("app", "13", 53)]
         for kind, release, number in wanted:
-            server = Server(kind, release, number, self.exchange)
-            self[server.name] = server
+            if kind in kinds or (kind == "app" and "lb" in kinds):
+                server = Server(kind, release, number, self.exchange)
+                self[server.name] = server
+        run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", ADMIN, "-f", str(self.key)])
+        for kind, first in {"bare": 60, "machine": 80}.items():
+            for release in RELEASES if kind in kinds else ():
+                number = first + int(release)
+                machine = VirtualMachine(release, f"{LOOPBACK}.{number}", self.key, self.directory)
+                virtual = VirtualServer(kind, release, number, self.exchange, machine)
+                self[virtual.name] = virtual
         networks = [part for net, size in ((f"{SUBNET}.", 24), (f"{SUBNET6}:", 64)) for part in _subnet(net, size)]
         run(["podman", "network", "create", "--disable-dns", "--ipv6", *networks, PREFIX])
         self._repository()
         for server in self.values():
             self._start(server)
-        environments = sorted({server.environment for server in self.values()} - {"default12", "default13"})
+        environments = sorted({server.environment for server in self.values() if not server.is_default})
         note(f"Making {', '.join(self)}, and what the judges need")
         with ThreadPoolExecutor() as pool:
-            jobs = [pool.submit(self._install_default, server) for server in self.values() if server.kind == "default"]
+            jobs = [pool.submit(self._install_default, server) for server in self.values() if server.is_default]
             jobs += [pool.submit(self._deploy, environment) for environment in environments]
             jobs += [pool.submit(self._make_judge, judges)]
             try:
@@ -269,7 +326,10 @@ class Servers(dict[str, Server]):
                 raise
 
     def remove(self) -> None:
-        """Remove the containers and the network, those that an earlier run has left as well."""
+        """Remove the servers and the network, containers that an earlier run has left as well."""
+        for server in self.values():
+            if isinstance(server, VirtualServer):
+                server.machine.stop()
         found = run(["podman", "ps", "--all", "--format", "{{.Names}}", "--filter", f"name=^{PREFIX}-"]).split()
         if found:
             run(["podman", "rm", "--force", "--volumes", "--time", "0", *found])
@@ -277,6 +337,9 @@ class Servers(dict[str, Server]):
         run(["podman", "network", "rm", "--force", PREFIX], codes=(0, 1))
 
     def _start(self, server: Server) -> None:
+        if isinstance(server, VirtualServer):
+            server.machine.start()
+            return
         image = (
             os.environ.get(f"HARDSTAND_IMAGE_DEBIAN{server.release}") or f"localhost/hardstand/debian{server.release}"
         )
@@ -344,27 +407,24 @@ class Servers(dict[str, Server]):
             file.write(ROUTE)
         identity = ["-c", "user.name=bench", "-c", "user.email=bench@localhost"]
         run(["git", "-C", str(repository), *identity, "commit", "--quiet", "--all", "--message", "Tell what comes"])
-        run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", ADMIN, "-f", str(self.key)])
 
     def _deploy(self, environment: str) -> None:
         """Make an environment as its operator would, and deploy to it."""
         servers = [server for server in self.values() if server.environment == environment]
-        known_hosts = []
-        for server in servers:
-            give = 'source bin/lib.sh; give_access "$1" "$2"'
-            key = run(["bash", "-c", give, "bash", server.container, str(self.key)]).strip()
-            known_hosts.append(f"{server.address} {key}")
+        known_hosts = [f"{server.address} {server.give_access(self.key)}" for server in servers]
         settings: dict[str, object] = {
             "release_repository": str(self.directory / "repository"),
             "release_workers": 2,
             # This machine, from which judges log in more often than people do.
-            "ssh_trusted_sources": [f"{SUBNET}.1", f"{SUBNET6}:1"],
+            "ssh_trusted_sources": [f"{SUBNET}.1", f"{SUBNET6}:1", QEMU_HOST],
             # No optimised build: it takes many minutes, and what it builds behaves the same.
             "python_configure_options": [],
             "python_source_directory": run(["molecule/shared/python-sources"]).strip().splitlines()[-1],
             # The authorities this machine was told to trust, because what it downloads comes through them.
             "base_extra_ca_files": sorted(map(str, Path("/usr/local/share/ca-certificates").glob("*.crt"))),
         }
+        if any(isinstance(server, VirtualServer) for server in servers):
+            settings["release_health_timeout"] = 600  # emulation is slow
         if environment == "fleet":
             # As Mozilla's guideline wants it with "modern".
             settings |= {"nginx_tls_policy": "modern", "certificate_days": 90, "certificate_renew_days": 30}
@@ -385,6 +445,8 @@ class Servers(dict[str, Server]):
         run(["ansible-playbook", "deploy.yml", "-i", str(self.environments / environment)], seconds=3600)
         note(f"Deployed {environment} in {time.monotonic() - begun:.0f} s")
         for server in servers:
+            if isinstance(server, VirtualServer):
+                server.machine.user = ADMIN
             server.ca.write_text((self.environments / environment / "pki" / "ca.crt").read_text())
 
     # Judges

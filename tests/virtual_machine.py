@@ -1,0 +1,144 @@
+"""Servers that are machines of their own, with a kernel and a boot loader: for what no container can show.
+
+QEMU runs them, by KVM where this machine has it, else by emulation, some ten times slower. They are reached at
+addresses of this machine's loopback network (127.0.0.0/8), at the ports that they have themselves: QEMU passes
+connections on, so that nothing has to be set up in this machine's own network.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parents[1]
+
+PORTS = (22, 80, 443)
+BOOT_ID = "/proc/sys/kernel/random/boot_id"
+
+
+def make_disk(release: str) -> Path:
+    """Return the disk of a bare Debian server, made unless it is there; `release` is 12 or 13."""
+    made = subprocess.run(
+        ["molecule/shared/images", "--disk", f"debian{release}"], cwd=PROJECT, stdout=subprocess.PIPE, text=True
+    )
+    if made.returncode != 0:
+        raise RuntimeError(f"the disk of Debian {release} could not be made")
+    return Path(made.stdout.strip())
+
+
+class VirtualMachine:
+    """A virtual machine with a disk of its own, which goes when it does.
+
+    `key` is the private key that root logs in with at first, `user` who logs in at the moment.
+    """
+
+    def __init__(self, release: str, address: str, key: Path, directory: Path) -> None:
+        self.release = release
+        self.address = address
+        self.key = key
+        self.user = "root"
+        self.directory = directory / f"machine-{address}"
+        self.known_hosts = self.directory / "known_hosts"
+
+    @property
+    def console(self) -> Path:
+        """What the machine says while it boots."""
+        return self.directory / "console"
+
+    def start(self, seconds: float = 300) -> None:
+        """Boot the machine and wait until it answers; raises TimeoutError with the console's last lines."""
+        self.directory.mkdir(parents=True)
+        disk = self.directory / "disk.qcow2"
+        base = ["-b", str(make_disk(self.release)), "-F", "qcow2"]
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", *base, str(disk)], check=True)
+        public = self.key.with_name(f"{self.key.name}.pub").read_text().strip()
+        forwards = "".join(f",hostfwd=tcp:{self.address}:{port}-:{port}" for port in PORTS)
+        command = [
+            *("qemu-system-x86_64", "-accel", "kvm", "-accel", "tcg,thread=multi"),
+            *("-cpu", "max", "-smp", "2", "-m", "1536"),
+            *("-display", "none", "-monitor", "none", "-serial", f"file:{self.console}"),
+            # Losing a machine's disk is losing nothing: nobody waits for this machine's disk to have written.
+            *("-drive", f"file={disk},if=virtio,format=qcow2,cache=unsafe", "-device", "virtio-rng-pci"),
+            *("-nic", f"user,model=virtio-net-pci{forwards}"),
+            # systemd takes credentials from the firmware's tables: https://systemd.io/CREDENTIALS
+            *("-smbios", f"type=11,value=io.systemd.credential:ssh.authorized_keys.root={public}"),
+        ]
+        with (self.directory / "qemu.log").open("w") as log:
+            # In a session of its own: Ctrl-C is for whoever started this, who then stops the machine.
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=log, start_new_session=True)
+        self.wait(seconds)
+
+    def wait(self, seconds: float = 300, after: str = "") -> None:
+        """Wait until the machine answers and has booted, another time than the boot `after`."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if self.process.poll() is not None:
+                raise RuntimeError(f"QEMU ended: {(self.directory / 'qemu.log').read_text()}")
+            if not self.known_hosts.exists() or not self.known_hosts.read_text():
+                self._learn_host_key()
+            elif (said := self.ssh(f"cat {BOOT_ID}; systemctl is-system-running --wait")).stdout:
+                boot, _, state = said.stdout.partition("\n")
+                # "degraded" is up as well; what has failed is a test's business.
+                if boot != after and state.strip() in ("running", "degraded"):
+                    return
+            time.sleep(0.5)
+        raise TimeoutError(f"{self.address} does not answer: {self.console.read_text(errors='replace')[-2000:]}")
+
+    def _learn_host_key(self) -> None:
+        # Nobody else answers at an address of this machine's own.
+        scan = ["ssh-keyscan", "-T", "5", "-t", "ed25519", self.address]
+        found = subprocess.run(scan, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        self.known_hosts.write_text(found.stdout)
+
+    def _login(self, command: str) -> list[str]:
+        """Return the command that runs one there, on a connection of its own."""
+        options = {
+            "UserKnownHostsFile": self.known_hosts,
+            "StrictHostKeyChecking": "yes",
+            "IdentitiesOnly": "yes",
+            "BatchMode": "yes",
+            "ConnectTimeout": "10",
+            "LogLevel": "ERROR",
+        }
+        chosen = [part for name, value in options.items() for part in ("-o", f"{name}={value}")]
+        return ["ssh", "-F", "none", "-i", str(self.key), *chosen, f"{self.user}@{self.address}", command]
+
+    def _as_root(self, command: str) -> list[str]:
+        become = "" if self.user == "root" else "sudo -n "
+        return self._login(f"{become}sh -c {shlex.quote(command)}")
+
+    def ssh(self, command: str, seconds: float = 120) -> subprocess.CompletedProcess[str]:
+        """Log in as `user` and run a command; exit code 255 is ssh's own."""
+        return subprocess.run(
+            self._login(command), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=seconds
+        )
+
+    def sh(self, command: str, check: bool = True, seconds: float = 1800) -> str:
+        """Run a shell command as root and return what it printed; raises RuntimeError when it fails."""
+        done = subprocess.run(
+            self._as_root(command), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=seconds
+        )
+        if check and done.returncode != 0:
+            said = done.stdout[-2000:] + done.stderr[-2000:]
+            raise RuntimeError(f"{command[:200]} ended with {done.returncode}: {said}")
+        return done.stdout.strip()
+
+    def write(self, path: str, content: bytes) -> None:
+        """Write a file as root."""
+        subprocess.run(self._as_root(f"cat >{shlex.quote(path)}"), input=content, check=True, timeout=300)
+
+    def boot_id(self) -> str:
+        """Return what every boot has another one of."""
+        return self.sh(f"cat {BOOT_ID}")
+
+    def stop(self) -> None:
+        """End the machine as a power cut would, and remove its disk."""
+        if hasattr(self, "process") and self.process.poll() is None:
+            os.kill(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        shutil.rmtree(self.directory, ignore_errors=True)
