@@ -207,6 +207,13 @@ class TestModule:
         paths = [str(host.directory / name) for name in ("blog.json", "other.json")]
         assert host.ask(certificate_records=paths)["renewals"] == {"blog": {"failures": 3}, "other": {}}
 
+    def test_what_waits_on_the_operating_system(self, host: Host) -> None:
+        """Whatever that is on this machine."""
+        system = host.ask()["system"]
+        assert bool(system["reboot"]) >= Path("/run/reboot-required").exists()
+        assert system["outside"] == []
+        assert system["updates"] is None or system["updates"]["days"] > 0
+
     def test_nobody_answers_clients(self, host: Host) -> None:
         answer = host.ask(url={"port": 1, "name": "a.test", "path": "/health"})["answer"]
         assert not answer["ok"]
@@ -350,6 +357,7 @@ def app_status(**changes: Any) -> dict[str, Any]:
         "backup": None,
         "backup_note": "",
         "kept": [],
+        "system": {"reboot": [], "outside": [], "updates": {"last": "2026-11-24T06:12:00Z", "days": 1}},
         "time": "2026-11-24T14:30:00Z",
     }
     application = changes.pop("app", {})
@@ -585,6 +593,54 @@ class TestProblems:
         assert found == [f"app1, app2: {last} failed: switch on app2: it was not healthy"]
 
 
+class TestNotes:
+    """What is said of a server's operating system, and is no problem."""
+
+    @staticmethod
+    def notes(**changes: Any) -> list[str]:
+        status = app_status(system={"reboot": [], "outside": [], "updates": None, **changes})
+        found = fleet(app2={"status": status})
+        assert found.problems(lambda _: False) == []
+        return [str(note) for note in found.notes()]
+
+    def test_nothing(self) -> None:
+        assert fleet().notes() == []
+        assert self.notes() == []
+
+    @pytest.mark.parametrize(
+        ("changes", "text"),
+        [
+            (
+                {"reboot": ["kernel 6.12.9", "an update of dbus"]},
+                "app2: waits for a reboot, for kernel 6.12.9 and an update of dbus: playbooks/patch.yml",
+            ),
+            (
+                {"outside": ["supervisor.service", "nginx.service"]},
+                "app2: supervisor.service and nginx.service started before its sandbox was set up",
+            ),
+            (
+                {"updates": {"last": "2026-11-21T14:29:00Z", "days": 1}},
+                "app2: no unattended updates since 2026-11-21T14:29:00Z",
+            ),
+        ],
+    )
+    def test_one_thing(self, changes: dict[str, Any], text: str) -> None:
+        (found,) = self.notes(**changes)
+        assert found.startswith(text)
+
+    @pytest.mark.parametrize("updates", [("2026-11-21T14:31:00Z", 1), ("2026-11-15T14:31:00Z", 7)])
+    def test_updates_that_are_not_late(self, updates: tuple[str, int]) -> None:
+        assert self.notes(updates={"last": updates[0], "days": updates[1]}) == []
+
+    def test_servers_that_wait_for_the_same_are_one_line(self) -> None:
+        waiting: dict[str, Any] = {
+            name: {"status": app_status(system={"reboot": ["an update"], "outside": [], "updates": None})}
+            for name in ("app1", "app2")
+        }
+        (found,) = fleet(**waiting).notes()
+        assert found.hosts == ("app1", "app2")
+
+
 class TestData:
     """What is said of PostgreSQL and of backups."""
 
@@ -748,12 +804,14 @@ class TestTable:
         assert "what this commit is for and why it was made" in wide
 
     def test_json_is_one_line_with_everything(self) -> None:
-        found = fleet(app2={"problem": "gone"})
-        text = report["ActionModule"].document(found, found.problems(lambda _: False), NOW)
+        waiting = app_status(system={"reboot": ["an update"], "outside": [], "updates": None})
+        found = fleet(app1={"status": waiting}, app2={"problem": "gone"})
+        text = report["ActionModule"].document(found, found.problems(lambda _: False), found.notes(), NOW)
         assert "\n" not in text
         document = json.loads(text)
         assert document["ok"] is False
         assert document["problems"] == [{"hosts": ["app2"], "text": "gone"}]
+        assert [note["hosts"] for note in document["notes"]] == [["app1"]]
         assert document["hosts"]["app2"] == {"problem": "gone"}
         assert document["hosts"]["app1"]["app"]["release"] == LIVE
         assert document["hosts"]["app1"]["health"] == "ok"

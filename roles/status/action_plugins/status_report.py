@@ -11,8 +11,8 @@ Arguments:
     format: ``table`` or ``json``.
     fail: whether to fail when something is wrong.
 
-Returns ``problems``, each with the ``hosts`` that have it and a ``text``. A failure says only how many
-there are: they have just been shown.
+Returns ``problems``, each with the ``hosts`` that have it and a ``text``, and ``notes``, of the same form, on what can
+wait. A failure says only how many problems there are: they have just been shown.
 """
 
 from __future__ import annotations
@@ -42,6 +42,12 @@ RENEWAL_FAILURES = 2
 RENEWAL_OVERDUE = 1 / 4
 RENEWAL_UNSEEN = timedelta(days=2)
 
+# What does what waits.
+PATCH = "playbooks/patch.yml"
+
+# How much later than every so many days updates may come by themselves; that a server was off is no reason to say so.
+UPDATES_LATE = timedelta(days=2)
+
 # Characters in a line. A wider terminal gives more room to the commit's subject.
 WIDTH = 120
 
@@ -49,7 +55,7 @@ Facts = Mapping[str, t.Any]
 
 
 class Problem(t.NamedTuple):
-    """One thing that is wrong, on some hosts or, when there are none, with the fleet."""
+    """One thing that is wrong, or to be known, on some hosts or, when there are none, with the fleet."""
 
     hosts: tuple[str, ...]
     text: str
@@ -246,6 +252,24 @@ class Fleet:
             *together((host, text) for host, status in self.statuses.items() for text in self.backups(status)),
             *together((host, text) for host, status in self.statuses.items() for text in self.resources(status)),
         ]
+
+    def notes(self) -> list[Problem]:
+        """Return what has to be done some day, and is no problem until then."""
+        return list(together((host, text) for host, status in self.statuses.items() for text in self.system(status)))
+
+    @staticmethod
+    def system(status: Facts) -> Iterator[str]:
+        """Yield what waits on a host's operating system."""
+        found, now = status["system"], moment(status["time"])
+        if found["reboot"]:
+            yield f"waits for a reboot, for {' and '.join(found['reboot'])}: {PATCH}"
+        if found["outside"]:
+            units = " and ".join(found["outside"])
+            yield f"{units} started before its sandbox was set up, and is without it until the next start: {PATCH}"
+        if (updates := found["updates"]) and now is not None:
+            last = moment(updates["last"]) or now
+            if now - last > timedelta(days=updates["days"]) + UPDATES_LATE:
+                yield f"no unattended updates since {updates['last']}; see /var/log/unattended-upgrades there"
 
     def releases(self) -> Iterator[Problem]:
         """Yield a problem when the fleet is not on one release."""
@@ -465,24 +489,29 @@ class ActionModule(ActionBase):
         arguments = self._task.args
         fleet = Fleet(arguments)
         now = datetime.now(UTC)
-        problems = fleet.problems(runpy.run_path(str(PREFLIGHT))["is_dead"])
+        problems, notes = fleet.problems(runpy.run_path(str(PREFLIGHT))["is_dead"]), fleet.notes()
         if arguments["format"] == "json":
-            self._display.display(self.document(fleet, problems, now))
+            self._display.display(self.document(fleet, problems, notes, now))
         else:
             rows = [row(host, fleet.statuses.get(host), now) for host in fleet.hosts]
             width = max(WIDTH, getattr(self._display, "columns", 0))
             lines = ["", f"{now:%Y-%m-%d %H:%M} UTC", "", table(rows, width), ""]
             data = [data_line(host, status, now) for host, status in fleet.statuses.items()]
             lines += [*filter(None, data), ""] if any(data) else []
+            lines += [*map(str, notes), ""] if notes else []
             lines += [f"! {problem}" for problem in problems] or ["All is well."]
             self._display.display("\n".join(lines))
         if problems and arguments["fail"]:
             count = "One thing is" if len(problems) == 1 else f"{len(problems)} things are"
             return {"failed": True, "changed": False, "msg": f"{count} not as it should be; see above."}
-        return {"changed": False, "problems": [problem._asdict() for problem in problems]}
+        return {
+            "changed": False,
+            "problems": [problem._asdict() for problem in problems],
+            "notes": [note._asdict() for note in notes],
+        }
 
     @staticmethod
-    def document(fleet: Fleet, problems: list[Problem], now: datetime) -> str:
+    def document(fleet: Fleet, problems: list[Problem], notes: list[Problem], now: datetime) -> str:
         """Return everything as one line of JSON, which stands out among Ansible's own."""
         hosts = {host: {"problem": fleet.unreachable.get(host), **fleet.statuses.get(host, {})} for host in fleet.hosts}
         for status in hosts.values():
@@ -493,6 +522,7 @@ class ActionModule(ActionBase):
                 "time": f"{now:%Y-%m-%dT%H:%M:%SZ}",
                 "ok": not problems,
                 "problems": [problem._asdict() for problem in problems],
+                "notes": [note._asdict() for note in notes],
                 "hosts": hosts,
             }
         )

@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.patch_host import NEEDRESTART, SANDBOXED, output, outside, reboot, unattended
 from ansible.module_utils.release_host import (
     Layout,
     Mask,
@@ -31,7 +32,7 @@ module: status_host
 short_description: Tell what serves on a host, how well, and what is about to end
 description:
   - Gathers release, workers, health, certificates, disks, the last deploy, the deploy lock, on load balancers the pool,
-    and what there is to know of PostgreSQL and of backups.
+    what there is to know of PostgreSQL and of backups, and what waits for a reboot or a restart.
   - Changes nothing, takes no lock, and does not fail over what it finds.
 options:
   app: {description: Name of the application., type: str, required: true}
@@ -305,6 +306,16 @@ def kept(patterns: t.Iterable[str]) -> list[str]:
     return sorted(path for path in found if not path.endswith(("-wal", "-shm")))
 
 
+def system() -> dict[str, t.Any]:
+    """Return what waits for a reboot, and for a restart, and when updates last came by themselves."""
+    updates = unattended()
+    return {
+        "reboot": reboot(output([NEEDRESTART, "-b", "-k"])),
+        "outside": [unit for unit in SANDBOXED if outside(unit)],
+        "updates": {"last": stamp(updates[0]), "days": updates[1]} if updates else None,
+    }
+
+
 def nginx_state() -> str:
     """Return what systemd says of nginx, such as `active`, `failed` or `inactive`."""
     try:
@@ -364,6 +375,7 @@ def status_of(p: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
         "backup": (read_json(Path(p["backup_file"])) or {}) if p["backup_file"] else None,
         "backup_note": p["backup_note"],
         "kept": kept(p["kept"]),
+        "system": system(),
     }
 
 

@@ -1,0 +1,1 @@
+../../patch/module_utils/patch_host.py
