@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from tests.hardened.authority import Authority
 from tests.harness import DOMAIN, PROJECT, Operator, molecule_inventory
 from tests.harness import Server as Machine
 
@@ -19,6 +20,8 @@ ADMIN = "ada"
 
 # Server that is an environment by itself.
 SINGLE = "hardstand-hardened-single"
+# Machine of somebody else, with the authorities, and a client with Debian 13's OpenSSL and curl.
+ELSEWHERE = "hardstand-hardened-acme"
 
 
 @dataclass
@@ -57,6 +60,7 @@ class Site(Operator):
     """An environment. The server that clients reach is the first one."""
 
     servers: dict[str, Server]
+    authority: Authority
     admin: str = ADMIN
     admins: list[dict[str, Any]] = field(default_factory=list)
 
@@ -108,6 +112,12 @@ def make_server(name: str, ca: Path = Path()) -> Server:
     return made
 
 
+def make_authority(environment: str) -> Authority:
+    """Return the authority that an environment may have its certificates from."""
+    machine = make_server(ELSEWHERE)
+    return Authority(environment, machine, machine.address, molecule_inventory().parents[1])
+
+
 def make_fleet() -> Site:
     """Return the environment that Molecule has made."""
     inventory = molecule_inventory()
@@ -116,12 +126,19 @@ def make_fleet() -> Site:
     return Site(
         inventories=[str(inventory), str(SCENARIO / "inventory")],
         servers={name: make_server(name, inventory.parent / "pki" / "ca.crt") for name in names},
+        authority=make_authority("fleet"),
     )
 
 
 def make_single_server(directory: Path) -> Site:
-    """Make the environment of the single server as its operator would; it is still to be deployed to."""
+    """Make the environment of the single server as its operator would; it is still to be deployed to.
+
+    Its certificate is to come from its authority.
+    """
+    authority = make_authority("single")
+    settings = yaml.safe_load((SCENARIO / "environment.yml").read_text())["environment_settings"]
     own = {
+        "environment_settings": settings | authority.settings,
         "env": "single",
         "environment_inventories": str(directory),
         "environment_host": platforms()[SINGLE]["ip"],
@@ -132,5 +149,8 @@ def make_single_server(directory: Path) -> Site:
     Operator(inventories=[]).expect(
         "playbooks/environment.yml", *("-e", f"@{SCENARIO / 'environment.yml'}", "-e", json.dumps(own))
     )
-    single = directory / "single"
-    return Site(inventories=[str(single)], servers={SINGLE: make_server(SINGLE, single / "pki" / "ca.crt")})
+    return Site(
+        inventories=[str(directory / "single")],
+        servers={SINGLE: make_server(SINGLE, authority.roots)},
+        authority=authority,
+    )
