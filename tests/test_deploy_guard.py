@@ -149,7 +149,7 @@ class TestAFailure:
         assert code == 2, output
         assert recoveries(project) == [("no", "app2 failed")]
         assert project.locked() == []
-        text = "The deploy did not end by itself (app2 failed): going back to the release that served before, and"
+        text = "The run did not end by itself (app2 failed): going back to the release that served before, and"
         assert f"\n{text} unlocking. Please wait.\n" in output
         table = output.partition("outcome")[2]
         assert table.count("unchanged") == 2, output

@@ -104,9 +104,9 @@ def test_rules_that_would_cut_the_connection(site: Any) -> None:
 @pytest.mark.once(on="debian12")
 @pytest.mark.usefixtures("unchanged")
 def test_rules_that_nobody_comes_back_to_prove(site: Any, server: Any, tmp_path: Path) -> None:
-    # Longer than one attempt to log in takes, shorter than the proof.
-    settings = {"ssh_sources": ELSEWHERE, "firewall_undo_seconds": 12, "ansible_ssh_executable": slow_to_prove(tmp_path)}
-    run = site.run(*ROLE, **settings)
+    # The undo: longer than one attempt to log in takes, shorter than the proof.
+    settings = {"ssh_sources": ELSEWHERE, "firewall_undo_seconds": 12}
+    run = site.run(*ROLE, **settings, ansible_ssh_executable=slow_to_prove(tmp_path))
     rules = "nft list table inet hardstand_firewall"
     wait_for(lambda: ELSEWHERE[0] in server.sh(rules), 120, "the rules are there")
     assert server.ssh("true").returncode == 255

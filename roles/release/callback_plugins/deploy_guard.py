@@ -206,7 +206,7 @@ class CallbackModule(CallbackBase):
                 text = ""
             elif self.forward:
                 text = "finishing it, and "
-            display.display(f"\nThe deploy did not end by itself ({self.reason}): {text}unlocking. Please wait.")
+            display.display(f"\nThe run did not end by itself ({self.reason}): {text}unlocking. Please wait.")
             sys.stdout.flush()
         # While servers are being locked, another run may hold some of the locks, and keeps them.
         forward = "unlock" if not self.begun else "yes" if self.forward else "no"
