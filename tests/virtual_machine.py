@@ -7,6 +7,7 @@ connections on, so that nothing has to be set up in this machine's own network.
 
 from __future__ import annotations
 
+import functools
 import os
 import shlex
 import shutil
@@ -31,6 +32,17 @@ def make_disk(release: str) -> Path:
     return Path(made.stdout.strip())
 
 
+@functools.cache
+def accelerator() -> str:
+    """Return what QEMU can run processors with here.
+
+    Some machines have /dev/kvm and QEMU fails on it as soon as there is a processor, without turning to emulation.
+    """
+    command = ["qemu-system-x86_64", "-accel", "kvm", "-cpu", "max", "-nodefaults", "-display", "none", "-S"]
+    tried = subprocess.run([*command, "-monitor", "stdio"], input=b"quit\n", capture_output=True, timeout=60)
+    return "kvm" if tried.returncode == 0 else "tcg,thread=multi"
+
+
 class VirtualMachine:
     """A virtual machine with a disk of its own, which goes when it does.
 
@@ -50,7 +62,7 @@ class VirtualMachine:
         """What the machine says while it boots."""
         return self.directory / "console"
 
-    def start(self, seconds: float = 300) -> None:
+    def start(self, seconds: float = 600) -> None:
         """Boot the machine and wait until it answers; raises TimeoutError with the console's last lines."""
         self.directory.mkdir(parents=True)
         disk = self.directory / "disk.qcow2"
@@ -59,8 +71,7 @@ class VirtualMachine:
         public = self.key.with_name(f"{self.key.name}.pub").read_text().strip()
         forwards = "".join(f",hostfwd=tcp:{self.address}:{port}-:{port}" for port in PORTS)
         command = [
-            *("qemu-system-x86_64", "-accel", "kvm", "-accel", "tcg,thread=multi"),
-            *("-cpu", "max", "-smp", "2", "-m", "1536"),
+            *("qemu-system-x86_64", "-accel", accelerator(), "-cpu", "max", "-smp", "2", "-m", "1536"),
             *("-display", "none", "-monitor", "none", "-serial", f"file:{self.console}"),
             # Losing a machine's disk is losing nothing: nobody waits for this machine's disk to have written.
             *("-drive", f"file={disk},if=virtio,format=qcow2,cache=unsafe", "-device", "virtio-rng-pci"),
@@ -73,7 +84,7 @@ class VirtualMachine:
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=log, start_new_session=True)
         self.wait(seconds)
 
-    def wait(self, seconds: float = 300, after: str = "") -> None:
+    def wait(self, seconds: float = 600, after: str = "") -> None:
         """Wait until the machine answers and has booted, another time than the boot `after`."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
