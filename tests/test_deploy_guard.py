@@ -249,6 +249,28 @@ class TestAnInterruption:
         assert project.locked() == []
         eventually(lambda: not alive(pid), "the task has ended as well")
 
+    def test_recovers_as_well_when_ansible_itself_never_ends(self, project: LocalProject) -> None:
+        """A worker that dies while it hands over a result leaves a lock that Ansible waits for."""
+        dying = (
+            "from ansible.plugins.action import ActionBase\n"
+            "from ansible.utils.display import Display\n"
+            "class ActionModule(ActionBase):\n"
+            "    def run(self, tmp=None, task_vars=None):\n"
+            "        Display()._final_q._wlock.acquire()\n"
+            f"        open({str(project.directory / 'reached')!r}, 'w').write('0')\n"
+            "        __import__('time').sleep(60)\n"
+        )
+        project.write("action_plugins/dying.py", dying)
+        project.replace("roles/release/callback_plugins/deploy_guard.py", "_END_SECONDS = 20", "_END_SECONDS = 1")
+        project.watch_recovery()
+        begun = project.task("release_cutover", step="start")
+        with project.start(LOCK + project.play(begun, "    - dying:\n")) as run:
+            eventually((project.directory / "reached").exists, "the worker holds the lock", 30)
+            run.press_ctrl_c()
+            assert run.code() == 99, run.output()
+        assert recoveries(project) == [("no", "interrupted (SIGINT)")], run.output()
+        assert project.locked() == []
+
     def test_is_none_when_the_terminal_goes_and_the_run_is_to_survive_it(self, project: LocalProject) -> None:
         project.watch_recovery(instead=True)
         go_on = project.directory / "go-on"

@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import typing as t
 from pathlib import Path
 
@@ -52,6 +53,12 @@ _OPTIONS = {
     "forks": "--forks",
     "subset": "--limit",
 }
+# Seconds from an interruption to Ansible's own end. It ends at once, or never: a worker that is told to end while it
+# hands over a result keeps the queue's lock, and Ansible waits for that.
+_END_SECONDS = 20
+# What ansible-playbook exits with when it is interrupted.
+_INTERRUPTED = 99
+
 _LISTS = {"inventory": "--inventory", "vault_ids": "--vault-id", "vault_password_files": "--vault-password-file"}
 
 
@@ -111,6 +118,7 @@ class CallbackModule(CallbackBase):
         self.reason = "the run ended early"
         self.interrupted = False
         self.workers: list[int] = []
+        self.ending = threading.Lock()
         self.terminal_gone = False
         self.pid = os.getpid()
 
@@ -121,6 +129,9 @@ class CallbackModule(CallbackBase):
         if Path(playbook._file_name).resolve() == PLAYBOOK:
             return
         atexit.register(self.at_exit)
+        # A signal's handler only writes a byte: it must not take a lock that what it interrupts may hold.
+        alarm, self.alarm = os.pipe()
+        threading.Thread(target=self.end_if_stuck, args=(alarm,), daemon=True).start()
         # Ansible's own handler for Ctrl-C ends its workers and leaves in order; a SIGTERM would end it on the spot.
         interrupted = signal.getsignal(signal.SIGINT)
         if callable(interrupted):
@@ -133,6 +144,7 @@ class CallbackModule(CallbackBase):
                 self.terminal_gone = signum == signal.SIGHUP
                 self.interrupted = True
                 self.workers = [worker.pid for worker in multiprocessing.active_children() if worker.pid]
+                os.write(self.alarm, b"!")
                 interrupted(signal.SIGINT, frame)
 
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -188,12 +200,30 @@ class CallbackModule(CallbackBase):
 
     # The end
 
+    def end_if_stuck(self, alarm: int) -> None:
+        """Recover and end in Ansible's place, when it has been interrupted and does not end. Runs beside it."""
+        os.read(alarm, 1)
+        time.sleep(_END_SECONDS)
+        if self.ending.acquire(blocking=False):
+            try:
+                self.recover()
+            finally:
+                os._exit(_INTERRUPTED)
+
     def at_exit(self) -> None:
         """Recover when this run still holds a lock."""
-        if not (self.locked or self.locking) or os.getpid() != self.pid:
+        if os.getpid() != self.pid:
             return
+        # Whoever comes second waits for the first, who ends the process.
+        self.ending.acquire()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
+        self.recover()
+
+    def recover(self) -> None:
+        """Recover when this run still holds a lock."""
+        if not (self.locked or self.locking):
+            return
         # Ansible tells its workers to end, each with what it has started. Now and then one ends alone, and its task
         # goes on.
         for worker in self.workers:
