@@ -29,7 +29,7 @@ options:
   running_configuration:
     {description: Copy of it as supervisord read it., type: path, required: true}
   start_timeout:
-    {description: Seconds that a start may take., type: int, default: 20}
+    {description: Seconds that a start may take., type: int, default: 60}
 """
 
 RETURN = r"""
@@ -143,7 +143,7 @@ def main() -> None:
             "running_sandbox": {"type": "path", "required": True},
             "configuration": {"type": "path", "required": True},
             "running_configuration": {"type": "path", "required": True},
-            "start_timeout": {"type": "int", "default": 20},
+            "start_timeout": {"type": "int", "default": 60},
         },
         supports_check_mode=True,
     )
