@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Container, Iterator, Set
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -214,6 +214,31 @@ class Server:
         """Something that the application answers without work."""
         return "/api/live" if self.is_default else "/health/live"
 
+    def start(self) -> None:
+        """Boot the server, and wait until it is up."""
+        image = os.environ.get(f"HARDSTAND_IMAGE_DEBIAN{self.release}") or f"localhost/hardstand/debian{self.release}"
+        # NET_ADMIN: the firewall is the server's own kernel's. AUDIT_WRITE: sshd ends a session that it may not tell
+        # the audit log about. SYS_ADMIN: systemd gives a sandbox mounts of its own.
+        capabilities = [f"--cap-add={name}" for name in ("NET_ADMIN", "AUDIT_WRITE", "SYS_ADMIN")]
+        addresses = ["--network", PREFIX, "--ip", self.address, "--ip6", self.address6]
+        name = ["--name", self.container, "--hostname", self.container]
+        run(["podman", "run", "--detach", "--systemd=always", *name, *addresses, *capabilities, image])
+        for _ in range(240):
+            state = subprocess.run(
+                ["podman", "exec", self.container, "systemctl", "is-system-running"], capture_output=True, text=True
+            ).stdout.strip()
+            # "degraded" is up as well: a unit that a container cannot run is not the point.
+            if state in ("running", "degraded"):
+                return
+            time.sleep(0.5)
+        raise RuntimeError(f"{self.container} has not booted; systemd says: {state or 'nothing'}")
+
+    def stop(self) -> None:
+        """End the server. Containers are removed together."""
+
+    def administered_by(self, name: str) -> None:
+        """Take note that root no longer logs in, and who does."""
+
     def sh(self, command: str) -> str:
         """Run a shell command as root on the server, and return what it printed."""
         return run(["podman", "exec", self.container, "sh", "-c", command]).strip()
@@ -253,6 +278,18 @@ class VirtualServer(Server):
     def address(self) -> str:
         """The IPv4 address, one of this machine's own."""
         return self.machine.address
+
+    def start(self) -> None:
+        """Boot the server, and wait until it is up."""
+        self.machine.start()
+
+    def stop(self) -> None:
+        """End the server."""
+        self.machine.stop()
+
+    def administered_by(self, name: str) -> None:
+        """Take note that root no longer logs in, and who does."""
+        self.machine.user = name
 
     def sh(self, command: str) -> str:
         """Run a shell command as root on the server, and return what it printed."""
@@ -311,7 +348,7 @@ class Servers(dict[str, Server]):
         run(["podman", "network", "create", "--disable-dns", "--ipv6", *networks, PREFIX])
         self._repository()
         for server in self.values():
-            self._start(server)
+            server.start()
         environments = sorted({server.environment for server in self.values() if not server.is_default})
         note(f"Making {', '.join(self)}, and what the judges need")
         with ThreadPoolExecutor() as pool:
@@ -319,7 +356,7 @@ class Servers(dict[str, Server]):
             jobs += [pool.submit(self._deploy, environment) for environment in environments]
             jobs += [pool.submit(self._make_judge, judges)]
             try:
-                for job in jobs:
+                for job in as_completed(jobs):
                     job.result()
             except BaseException:  # interrupted, or one has failed: the others are not to be waited for
                 self.remove()
@@ -328,36 +365,12 @@ class Servers(dict[str, Server]):
     def remove(self) -> None:
         """Remove the servers and the network, containers that an earlier run has left as well."""
         for server in self.values():
-            if isinstance(server, VirtualServer):
-                server.machine.stop()
+            server.stop()
         found = run(["podman", "ps", "--all", "--format", "{{.Names}}", "--filter", f"name=^{PREFIX}-"]).split()
         if found:
             run(["podman", "rm", "--force", "--volumes", "--time", "0", *found])
         # 1: there is none.
         run(["podman", "network", "rm", "--force", PREFIX], codes=(0, 1))
-
-    def _start(self, server: Server) -> None:
-        if isinstance(server, VirtualServer):
-            server.machine.start()
-            return
-        image = (
-            os.environ.get(f"HARDSTAND_IMAGE_DEBIAN{server.release}") or f"localhost/hardstand/debian{server.release}"
-        )
-        # NET_ADMIN: the firewall is the server's own kernel's. AUDIT_WRITE: sshd ends a session that it may not tell
-        # the audit log about. SYS_ADMIN: systemd gives a sandbox mounts of its own.
-        capabilities = [f"--cap-add={name}" for name in ("NET_ADMIN", "AUDIT_WRITE", "SYS_ADMIN")]
-        addresses = ["--network", PREFIX, "--ip", server.address, "--ip6", server.address6]
-        name = ["--name", server.container, "--hostname", server.container]
-        run(["podman", "run", "--detach", "--systemd=always", *name, *addresses, *capabilities, image])
-        for _ in range(240):
-            state = subprocess.run(
-                ["podman", "exec", server.container, "systemctl", "is-system-running"], capture_output=True, text=True
-            ).stdout.strip()
-            # "degraded" is up as well: a unit that a container cannot run is not the point.
-            if state in ("running", "degraded"):
-                return
-            time.sleep(0.5)
-        raise RuntimeError(f"{server.container} has not booted; systemd says: {state or 'nothing'}")
 
     # Default installs
 
@@ -423,7 +436,7 @@ class Servers(dict[str, Server]):
             # The authorities this machine was told to trust, because what it downloads comes through them.
             "base_extra_ca_files": sorted(map(str, Path("/usr/local/share/ca-certificates").glob("*.crt"))),
         }
-        if any(isinstance(server, VirtualServer) for server in servers):
+        if servers[0].kind == "machine":
             settings["release_health_timeout"] = 600  # emulation is slow
         if environment == "fleet":
             # As Mozilla's guideline wants it with "modern".
@@ -445,8 +458,7 @@ class Servers(dict[str, Server]):
         run(["ansible-playbook", "deploy.yml", "-i", str(self.environments / environment)], seconds=3600)
         note(f"Deployed {environment} in {time.monotonic() - begun:.0f} s")
         for server in servers:
-            if isinstance(server, VirtualServer):
-                server.machine.user = ADMIN
+            server.administered_by(ADMIN)
             server.ca.write_text((self.environments / environment / "pki" / "ca.crt").read_text())
 
     # Judges

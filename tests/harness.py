@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 
@@ -37,6 +37,32 @@ def wait_for(condition: Callable[[], Any], seconds: float, what: str, every: flo
             return result
         assert time.monotonic() < deadline, f"{what}: not within {seconds:g} s"
         time.sleep(every)
+
+
+class Repeated:
+    """Something that is done again and again, in threads of its own, for as long as a `with` lasts."""
+
+    def __init__(self, threads: int) -> None:
+        self._ended = threading.Event()
+        self._threads = [threading.Thread(target=self._repeat) for _ in range(threads)]
+
+    def once(self) -> None:
+        """Do it; for a subclass, which keeps what came of it."""
+        raise NotImplementedError
+
+    def _repeat(self) -> None:
+        while not self._ended.is_set():
+            self.once()
+
+    def __enter__(self) -> Self:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        for thread in self._threads:
+            thread.join()
 
 
 # As a client --------------------------------------------------------------------------------------------------
@@ -347,6 +373,24 @@ class Operator:
         done = self.play(playbook, *arguments, **settings)
         assert done.code != 0, done.output
         return done
+
+
+def make_environment(directory: Path, scenario: Path, host: str, key: Path, known_hosts: Path, **more: Any) -> Path:
+    """Make the environment of one server as its operator would, with a scenario's settings; returns its directory.
+
+    Root logs in with `key`; the servers' own are in `known_hosts`. `more` are variables of playbooks/environment.yml.
+    """
+    own = {
+        "env": directory.name,
+        "environment_inventories": str(directory.parent),
+        "environment_host": host,
+        "environment_domain": DOMAIN,
+        "environment_private_key_file": str(key),
+        "environment_known_hosts": known_hosts.read_text().splitlines(),
+    }
+    options = ["-e", f"@{scenario / 'environment.yml'}", "-e", json.dumps(own | more)]
+    Operator(inventories=[]).expect("playbooks/environment.yml", *options)
+    return directory
 
 
 # As the developer ---------------------------------------------------------------------------------------------

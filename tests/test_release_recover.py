@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.app_host import Host, InBackground, host, replace_symlink
+from tests.harness import Repeated
 from tests.local_project import LOCK, LocalProject
 from tests.release_support import APP, ROLE, alive, eventually, start_module
 from tests.role_modules import result_of
@@ -34,32 +34,20 @@ with busy(Layout(sys.argv[2], "blog")):
 """
 
 
-class Clients:
+class Clients(Repeated):
     """Two clients that ask all the time, each time on a new connection; use as a context manager."""
 
     def __init__(self, app_host: Host) -> None:
+        super().__init__(threads=2)
         self.host = app_host
         self.answers: list[str] = []
         self.errors: list[Exception] = []
-        self._ended = threading.Event()
-        self._threads = [threading.Thread(target=self._ask) for _ in range(2)]
 
-    def _ask(self) -> None:
-        while not self._ended.is_set():
-            try:
-                self.answers.append(self.host.ask()["slot"])
-            except (OSError, http.client.HTTPException) as error:
-                self.errors.append(error)
-
-    def __enter__(self) -> Clients:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        for thread in self._threads:
-            thread.join()
+    def once(self) -> None:
+        try:
+            self.answers.append(self.host.ask()["slot"])
+        except (OSError, http.client.HTTPException) as error:
+            self.errors.append(error)
 
 
 def with_id(app_host: Host, number: str) -> dict[str, Any]:

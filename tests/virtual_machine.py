@@ -8,18 +8,17 @@ connections on, so that nothing has to be set up in this machine's own network.
 from __future__ import annotations
 
 import functools
-import os
 import shlex
 import shutil
-import signal
 import subprocess
 import time
 from pathlib import Path
 
+from tests.ssh_login import ssh_command
+
 PROJECT = Path(__file__).resolve().parents[1]
 
 PORTS = (22, 80, 443)
-BOOT_ID = "/proc/sys/kernel/random/boot_id"
 
 
 def make_disk(release: str) -> Path:
@@ -82,21 +81,19 @@ class VirtualMachine:
         with (self.directory / "qemu.log").open("w") as log:
             # In a session of its own: Ctrl-C is for whoever started this, who then stops the machine.
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=log, start_new_session=True)
-        self.wait(seconds)
+        self._wait(seconds)
 
-    def wait(self, seconds: float = 600, after: str = "") -> None:
-        """Wait until the machine answers and has booted, another time than the boot `after`."""
+    def _wait(self, seconds: float) -> None:
+        """Wait until the machine answers and has booted."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if self.process.poll() is not None:
                 raise RuntimeError(f"QEMU ended: {(self.directory / 'qemu.log').read_text()}")
             if not self.known_hosts.exists() or not self.known_hosts.read_text():
                 self._learn_host_key()
-            elif (said := self.ssh(f"cat {BOOT_ID}; systemctl is-system-running --wait")).stdout:
-                boot, _, state = said.stdout.partition("\n")
-                # "degraded" is up as well; what has failed is a test's business.
-                if boot != after and state.strip() in ("running", "degraded"):
-                    return
+            # "degraded" is up as well; what has failed is a test's business.
+            elif self.sh("systemctl is-system-running --wait", check=False, seconds=120) in ("running", "degraded"):
+                return
             time.sleep(0.5)
         raise TimeoutError(f"{self.address} does not answer: {self.console.read_text(errors='replace')[-2000:]}")
 
@@ -106,28 +103,10 @@ class VirtualMachine:
         found = subprocess.run(scan, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         self.known_hosts.write_text(found.stdout)
 
-    def _login(self, command: str) -> list[str]:
-        """Return the command that runs one there, on a connection of its own."""
-        options = {
-            "UserKnownHostsFile": self.known_hosts,
-            "StrictHostKeyChecking": "yes",
-            "IdentitiesOnly": "yes",
-            "BatchMode": "yes",
-            "ConnectTimeout": "10",
-            "LogLevel": "ERROR",
-        }
-        chosen = [part for name, value in options.items() for part in ("-o", f"{name}={value}")]
-        return ["ssh", "-F", "none", "-i", str(self.key), *chosen, f"{self.user}@{self.address}", command]
-
     def _as_root(self, command: str) -> list[str]:
         become = "" if self.user == "root" else "sudo -n "
-        return self._login(f"{become}sh -c {shlex.quote(command)}")
-
-    def ssh(self, command: str, seconds: float = 120) -> subprocess.CompletedProcess[str]:
-        """Log in as `user` and run a command; exit code 255 is ssh's own."""
-        return subprocess.run(
-            self._login(command), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=seconds
-        )
+        login = f"{self.user}@{self.address}"
+        return ssh_command(login, f"{become}sh -c {shlex.quote(command)}", self.key, self.known_hosts, 10)
 
     def sh(self, command: str, check: bool = True, seconds: float = 1800) -> str:
         """Run a shell command as root and return what it printed; raises RuntimeError when it fails."""
@@ -145,11 +124,11 @@ class VirtualMachine:
 
     def boot_id(self) -> str:
         """Return what every boot has another one of."""
-        return self.sh(f"cat {BOOT_ID}")
+        return self.sh("cat /proc/sys/kernel/random/boot_id")
 
     def stop(self) -> None:
         """End the machine as a power cut would, and remove its disk."""
         if hasattr(self, "process") and self.process.poll() is None:
-            os.kill(self.process.pid, signal.SIGKILL)
+            self.process.kill()
             self.process.wait()
         shutil.rmtree(self.directory, ignore_errors=True)

@@ -15,7 +15,18 @@ from typing import Any
 
 import yaml
 
-from tests.harness import APP, DOMAIN, PROJECT, ROOT, Client, Operator, Program, Server, molecule_inventory, wait_for
+from tests.harness import (
+    APP,
+    PROJECT,
+    ROOT,
+    Client,
+    Operator,
+    Program,
+    Server,
+    make_environment,
+    molecule_inventory,
+    wait_for,
+)
 
 SCENARIO = PROJECT / "molecule" / "data"
 STATE = f"/var/lib/hardstand/backups/{APP}.json"
@@ -249,22 +260,16 @@ def make_single_server(directory: Path) -> Site:
 
 def make_single(directory: Path) -> Path:
     """Make the environment of the single server as its operator would, and return its directory."""
-    access = SCENARIO / "inventory" / ".ssh"
-    address = address_of(SINGLE)
-    own = {
-        "env": "single",
-        "environment_inventories": str(directory),
-        "environment_host": address,
-        "environment_db": address,
-        "environment_backup": "",
-        "environment_domain": DOMAIN,
-        "environment_private_key_file": str(access / "key"),
-        "environment_known_hosts": (access / "known_hosts").read_text().splitlines(),
-    }
-    Operator(inventories=[]).expect(
-        "playbooks/environment.yml", *("-e", f"@{SCENARIO / 'environment.yml'}", "-e", json.dumps(own))
+    access, address = SCENARIO / "inventory" / ".ssh", address_of(SINGLE)
+    return make_environment(
+        directory / "single",
+        SCENARIO,
+        address,
+        access / "key",
+        access / "known_hosts",
+        environment_db=address,
+        environment_backup="",
     )
-    return directory / "single"
 
 
 def address_of(name: str) -> str:

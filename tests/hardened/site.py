@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import Any
 import yaml
 
 from tests.hardened.authority import Authority
-from tests.harness import DOMAIN, PROJECT, Operator, molecule_inventory
+from tests.harness import PROJECT, Operator, make_environment, molecule_inventory
 from tests.harness import Server as Machine
+from tests.ssh_login import ssh_command
 
 SCENARIO = PROJECT / "molecule" / "hardened"
 ACCESS = SCENARIO / "inventory" / ".ssh"
@@ -35,19 +35,8 @@ class Server(Machine):
         self, command: str, user: str = ADMIN, key: Path = ACCESS / "key", timeout: float = 60
     ) -> subprocess.CompletedProcess[str]:
         """Log in on a connection of its own and run a command; exit code 255 is ssh's, for one who is not let in."""
-        options = {
-            "UserKnownHostsFile": ACCESS / "known_hosts",
-            "StrictHostKeyChecking": "yes",
-            "IdentitiesOnly": "yes",
-            "BatchMode": "yes",
-            "ConnectTimeout": "5",
-        }
         return subprocess.run(
-            [
-                *("ssh", "-F", "none", "-i", str(key)),
-                *(part for name, value in options.items() for part in ("-o", f"{name}={value}")),
-                *(f"{user}@{self.address}", command),
-            ],
+            ssh_command(f"{user}@{self.address}", command, key, ACCESS / "known_hosts"),
             capture_output=True,
             text=True,
             timeout=timeout,
@@ -137,20 +126,16 @@ def make_single_server(directory: Path) -> Site:
     """
     authority = make_authority("single")
     settings = yaml.safe_load((SCENARIO / "environment.yml").read_text())["environment_settings"]
-    own = {
-        "environment_settings": settings | authority.settings,
-        "env": "single",
-        "environment_inventories": str(directory),
-        "environment_host": platforms()[SINGLE]["ip"],
-        "environment_domain": DOMAIN,
-        "environment_private_key_file": str(ACCESS / "key"),
-        "environment_known_hosts": (ACCESS / "known_hosts").read_text().splitlines(),
-    }
-    Operator(inventories=[]).expect(
-        "playbooks/environment.yml", *("-e", f"@{SCENARIO / 'environment.yml'}", "-e", json.dumps(own))
+    environment = make_environment(
+        directory / "single",
+        SCENARIO,
+        platforms()[SINGLE]["ip"],
+        ACCESS / "key",
+        ACCESS / "known_hosts",
+        environment_settings=settings | authority.settings,
     )
     return Site(
-        inventories=[str(directory / "single")],
+        inventories=[str(environment)],
         servers={SINGLE: make_server(SINGLE, authority.roots)},
         authority=authority,
     )

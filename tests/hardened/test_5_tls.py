@@ -8,7 +8,6 @@ import re
 import socket
 import ssl
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from cryptography.x509.oid import AuthorityInformationAccessOID
 from tests.hardened import guideline
 from tests.hardened.authority import Authority
 from tests.hardened.site import ELSEWHERE, SINGLE, Server, Site, make_server
-from tests.harness import APP, DOMAIN, wait_for
+from tests.harness import APP, DOMAIN, Repeated, wait_for
 
 # Roles that have a hand in what is switched below.
 ROLES = ("deploy.yml", "--tags", "firewall,certificate,nginx")
@@ -230,34 +229,22 @@ def renewing(site: Site, authority: Authority) -> Renewing:
     return Renewing(site.public, APP if SINGLE in site.servers else f"{APP}-lb")
 
 
-@dataclass
-class Visitors:
+class Visitors(Repeated):
     """Clients who come one after the other, each on a connection of its own, and verify whom they reach."""
 
-    front: Server
-    served: int = 0
-    failures: list[str] = field(default_factory=list)
+    def __init__(self, front: Server) -> None:
+        super().__init__(threads=3)
+        self.front = front
+        self.served = 0
+        self.failures: list[str] = []
 
-    def _come(self) -> None:
-        while not self._stop.is_set():
-            try:
-                status = self.front.request("GET", "/health/live").status
-                assert status == 200, status
-                self.served += 1
-            except Exception as error:
-                self.failures.append(repr(error))
-
-    def __enter__(self) -> Visitors:
-        self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._come) for _ in range(3)]
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
+    def once(self) -> None:
+        try:
+            status = self.front.request("GET", "/health/live").status
+            assert status == 200, status
+            self.served += 1
+        except Exception as error:
+            self.failures.append(repr(error))
 
 
 def test_clients_verify_the_certificate_of_the_authority(front: Server, renewing: Renewing) -> None:

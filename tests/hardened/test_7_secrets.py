@@ -6,7 +6,7 @@ import json
 import random
 import re
 import subprocess
-import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from tests.hardened.site import Server, Site
-from tests.harness import APP, PROJECT, ROOT, Deploy, Repository, add_routes
+from tests.harness import APP, PROJECT, ROOT, Deploy, Repeated, Repository, add_routes
 from tests.test_release_dotenv import PIECES
 
 # What fails, each in its way, with the settings at hand: they are what it prints.
@@ -53,32 +53,23 @@ async def strings() -> dict[str, str]:
 '''
 
 
-class Watch:
+class Watch(Repeated):
     """All command lines of this machine, its servers' included, for as long as something takes."""
 
     def __init__(self, words: list[str]) -> None:
+        super().__init__(threads=1)
         self._words = [word.encode() for word in words]
-        self._stop = threading.Event()
         self.found: set[str] = set()
-        self._thread = threading.Thread(target=self._look)
 
-    def _look(self) -> None:
-        while not self._stop.wait(0.02):
-            for path in Path("/proc").glob("[0-9]*/cmdline"):
-                try:
-                    line = path.read_bytes()
-                except OSError:
-                    continue
-                if any(word in line for word in self._words):
-                    self.found.add(line.replace(b"\0", b" ").decode(errors="replace")[:200])
-
-    def __enter__(self) -> Watch:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
+    def once(self) -> None:
+        time.sleep(0.02)
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                line = path.read_bytes()
+            except OSError:
+                continue
+            if any(word in line for word in self._words):
+                self.found.add(line.replace(b"\0", b" ").decode(errors="replace")[:200])
 
 
 class Canaries:

@@ -5,7 +5,6 @@ Run by `bin/test machine`: `molecule` cannot make them, and containers cannot do
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import tempfile
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import DOMAIN, PROJECT, Operator
+from tests.harness import DOMAIN, PROJECT, Operator, make_environment
 from tests.virtual_machine import VirtualMachine
 
 ADMIN = "ada"
@@ -66,18 +65,8 @@ def _deployed(machine: VirtualMachine, directory: Path) -> Site:
     password.touch(0o600)
     password.write_text(os.urandom(32).hex())
     os.environ["HARDSTAND_VAULT_PASSWORD_FILE"] = str(password)
-    own = {
-        "env": "machine",
-        "environment_inventories": str(directory),
-        "environment_host": machine.address,
-        "environment_domain": DOMAIN,
-        "environment_private_key_file": str(machine.key),
-        "environment_known_hosts": machine.known_hosts.read_text().splitlines(),
-    }
-    scenario = PROJECT / "molecule" / "hardened" / "environment.yml"
-    environment = ["-e", f"@{scenario}", "-e", json.dumps(own)]
-    Operator(inventories=[]).expect("playbooks/environment.yml", *environment)
-    inventory = directory / "machine"
+    scenario = PROJECT / "molecule" / "hardened"
+    inventory = make_environment(directory / "machine", scenario, machine.address, machine.key, machine.known_hosts)
     site = Site(inventories=[str(inventory)], settings=dict(SETTINGS), machine=machine, ca=inventory / "pki" / "ca.crt")
     done = site.run("deploy.yml").wait(DEPLOY_SECONDS)
     assert done.code == 0, done.output
