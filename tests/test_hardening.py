@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import shutil
 import subprocess
 import sys
@@ -136,6 +137,20 @@ def test_every_file_is_written_or_removed_and_every_template_used() -> None:
     assert set(evaluate("hardening", "_hardening_files", **known)) == every - unwanted
     used = set(evaluate("hardening", "_hardening_all_files", **SERVER).values())
     assert used == {path.name for path in (ROLES / "hardening/templates").iterdir()}
+
+
+def test_ones_own_rules_for_auditd_have_the_last_word() -> None:
+    """augenrules keeps the last -e of all."""
+    rules = rendered("/etc/audit/rules.d/hardstand.rules", hardening_audit_rules=["-e 2"]).splitlines()
+    assert [rule for rule in rules if rule.startswith("-e ")] == ["-e 1", "-e 2"]
+
+
+def test_no_file_is_one_of_role_base_as_well() -> None:
+    """Each role would take away what the other has written, in every deploy."""
+    text = (ROLES / "base/tasks/journal.yml").read_text()
+    directory = evaluate("base", "_base_journald_directory")
+    (other,) = re.findall(r"dest: (.*)", text.replace("{{ _base_journald_directory }}", directory))
+    assert other.strip('"') not in evaluate("hardening", "_hardening_all_files", **SERVER)
 
 
 def test_updates_restart_nothing_unless_told_when() -> None:
