@@ -8,7 +8,8 @@ from tests.harness import wait_for
 
 def test_a_stopped_database_is_not_ready_and_a_started_one_is(site: Site) -> None:
     masters = site.app.gunicorns()
-    site.db.sh("systemctl stop postgresql")
+    # With its instances named: systemctl does not wait for those of a unit that only stands for them.
+    site.db.sh("systemctl stop postgresql 'postgresql@*'")
     try:
         assert site.readiness() == 503
         assert site.app.request("GET", "/api/posts").status == 503
