@@ -102,6 +102,15 @@ class TestWiring:
         assert services["http"] == {"ports": [80, 443]}
         assert services["ssh"] == {"ports": [22], "sources": [], "connections_per_minute": 30, "trusted": []}
 
+    @pytest.mark.parametrize(
+        ("distribution", "release", "offered"),
+        [("Debian", "12", False), ("Debian", "13", True), ("Ubuntu", "24", False)],
+    )
+    def test_http3_where_nginx_has_it(self, distribution: str, release: str, offered: bool) -> None:
+        facts = {"distribution": distribution, "distribution_major_version": release}
+        services = self.services("app1", {"app": ["app1"]}, nginx_http3=True, ansible_facts=facts)
+        assert services.get("http3") == ({"ports": [443], "protocol": "udp"} if offered else None)
+
     def test_servers_of_a_fleet_offer_only_what_their_peers_need(self) -> None:
         assert self.services("lb1").keys() == {"ssh", "http"}
         app = self.services("app1")

@@ -148,10 +148,11 @@ class TestWiring:
         assert wired("ssh_service_users", self.GROUPS, "app1") == []
         assert wired("ssh_service_users", self.GROUPS, "db1") == ["deploy"]
 
-    def test_preflight_looks_for_administrators_only_where_there_are_to_be_any(self) -> None:
+    def test_administrators_are_looked_for_only_where_there_are_to_be_any(self) -> None:
         assert wired("preflight_admins", self.GROUPS, "app1") == []
         assert wired("preflight_admins", self.GROUPS, "app1", ssh_admins=[ADA]) == ["ada"]
-        assert wired("preflight_admins", self.GROUPS, "c1", ssh_admins=[ADA]) == []
+        assert wired("preflight_admins", self.GROUPS, "c1", ssh_admins=[ADA]) == ["ada"]
+        assert wired("preflight_admins", self.GROUPS, "elsewhere", ssh_admins=[ADA]) == []
 
     def test_a_jump_host_is_known_from_how_the_others_are_reached(self) -> None:
         own = {"db1": {"ansible_ssh_common_args": "-J ada@app1"}}

@@ -2,76 +2,30 @@
 
 from __future__ import annotations
 
-import os
-import shlex
 import signal
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.fleet.fleet import Fleet, rarely
-from tests.harness import APP, Program, Repository, published_port, wait_for
+from tests.harness import Repository, published_port, wait_for
 from tests.load import Load
+from tests.pusher import Pusher
 
 WHO = "kim"
 
 
-class Push(Program):
-    """A push under way."""
-
-    def __init__(
-        self, repository: Repository, ssh: str, remote: str, refspec: str = "HEAD:main", *options: str
-    ) -> None:
-        super().__init__(["git", "push", *options, remote, refspec], repository.path, GIT_SSH_COMMAND=ssh)
-
-    def shows(self, text: str) -> None:
-        """Wait until the pusher sees a text."""
-
-        def seen() -> bool:
-            assert text in self.output or self.process.poll() is None, self.output
-            return text in self.output
-
-        wait_for(seen, 240, f"{text!r} in the pusher's terminal", every=0.05)
-
-    def wait(self) -> int:
-        """Wait for its end; returns the exit code."""
-        code = self.process.wait(300)
-        self._reader.join(10)
-        return code
-
-
-class Remote:
-    """The control host, as somebody who may push sees it."""
+class Remote(Pusher):
+    """Somebody who may push to the fleet's control host."""
 
     def __init__(self, fleet: Fleet, repository: Repository, directory: Path) -> None:
-        self.fleet, self.repository = fleet, repository
-        key, known_hosts = directory / "key", directory / "known_hosts"
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", WHO, "-f", str(key)], check=True)
-        port = published_port(fleet.control.name, 22)
+        self.fleet = fleet
+        host = f"127.0.0.1:{published_port(fleet.control.name, 22)}"
         host_key = " ".join(fleet.control.sh("cat /etc/ssh/ssh_host_ed25519_key.pub").split()[:2])
-        known_hosts.write_text(f"[127.0.0.1]:{port} {host_key}\n")
-        self.key = key.with_suffix(".pub").read_text().strip()
-        options = {"UserKnownHostsFile": known_hosts, "StrictHostKeyChecking": "yes", "IdentitiesOnly": "yes"}
-        command = ["ssh", "-i", str(key), *(part for name in options for part in ("-o", f"{name}={options[name]}"))]
-        self.ssh = shlex.join(command)
-        self.url = f"ssh://deploy@127.0.0.1:{port}/{APP}.git"
-
-    def push(self, refspec: str = "HEAD:main", *options: str) -> Push:
-        """Start a push."""
-        return Push(self.repository, self.ssh, self.url, refspec, *options)
-
-    def branch(self) -> str:
-        """Return the commit that the remote branch is."""
-        listed = subprocess.run(
-            ["git", "ls-remote", self.url, "refs/heads/main"],
-            env={**os.environ, "GIT_SSH_COMMAND": self.ssh},
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-        return listed.stdout.partition("\t")[0]
+        known_hosts = directory / "known_hosts"
+        known_hosts.write_text("[{}]:{} {}\n".format(*host.split(":"), host_key))
+        super().__init__(WHO, repository, directory, host, known_hosts)
 
     def settle(self) -> str:
         """Wait until nothing is deployed any more, and return the release that the fleet is on."""
@@ -88,9 +42,8 @@ class Remote:
 @pytest.fixture(scope="module")
 def remote(fleet: Fleet, repository: Repository, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Remote]:
     made = Remote(fleet, repository, tmp_path_factory.mktemp("pusher"))
-    settings = {"git_push_keys": [{"name": WHO, "key": made.key}]}
-    fleet.expect("playbooks/git_push.yml", **settings)
-    again = fleet.expect("playbooks/git_push.yml", **settings)
+    fleet.expect("playbooks/git_push.yml", **made.settings)
+    again = fleet.expect("playbooks/git_push.yml", **made.settings)
     assert again.changed == 0, again.output
     yield made
     made.settle()
@@ -206,8 +159,6 @@ def test_a_deploy_by_hand_meanwhile_refuses_the_push_by_name(fleet: Fleet, remot
 
 
 def test_keys_open_nothing_but_the_repository(remote: Remote) -> None:
-    port = remote.url.rpartition(":")[2].partition("/")[0]
-    command = [*shlex.split(remote.ssh), "-p", port, "deploy@127.0.0.1", "id"]
-    tried = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    tried = remote.run("id")
     assert tried.returncode != 0
     assert "uid=" not in tried.stdout
