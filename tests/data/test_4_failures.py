@@ -24,7 +24,7 @@ def test_a_stopped_database_is_not_ready_and_a_started_one_is(site: Site) -> Non
 def test_a_restart_under_load_loses_nothing(site: Site) -> None:
     with Writers(site, "restart") as writers:
         wait_for(lambda: writers.written() > 50, 30, "posts are written")
-        site.db.sh("systemctl restart postgresql")
+        site.db.sh("systemctl restart 'postgresql@*'")
         before = writers.written()
         wait_for(lambda: writers.written() > before + 50, 30, "posts are written again")
     assert set(writers.acknowledged) <= site.titles()
