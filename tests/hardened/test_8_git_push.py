@@ -19,10 +19,10 @@ def test_who_pushes_deploys_and_gets_no_further(site: Site, tmp_path_factory: py
     server = site.app
     control = directory / "control.yml"
     control.write_text(f"control: {{hosts: {{{server.name}: }}}}\n")
-    host = replace(site, inventories=[*site.inventories, str(control)])
     repository = Repository(directory / "repository")
     pusher = Pusher(WHO, repository, directory, f"{server.address}:22", ACCESS / "known_hosts")
-    host.settings |= pusher.settings
+    # Settings of its own: the site is every test's.
+    host = replace(site, inventories=[*site.inventories, str(control)], settings={**site.settings, **pusher.settings})
 
     host.expect("playbooks/git_push.yml")
     again = host.play("playbooks/git_push.yml")
