@@ -110,6 +110,8 @@ class TestWiring:
         facts = {"distribution": distribution, "distribution_major_version": release}
         services = self.services("app1", {"app": ["app1"]}, nginx_http3=True, ansible_facts=facts)
         assert services.get("http3") == ({"ports": [443], "protocol": "udp"} if offered else None)
+        # The same decision as role nginx's, which says it again.
+        assert evaluate("nginx", "_nginx_is_modern", ansible_facts=facts) is offered
 
     def test_servers_of_a_fleet_offer_only_what_their_peers_need(self) -> None:
         assert self.services("lb1").keys() == {"ssh", "http"}
