@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.data.site import Site, Writers
+from tests.data.site import ARCHIVE_TIMEOUT, Site, Writers
 from tests.harness import wait_for
 
 
@@ -29,6 +29,11 @@ def test_a_restart_under_load_loses_nothing(site: Site) -> None:
         wait_for(lambda: writers.written() > before + 50, 30, "posts are written again")
     assert set(writers.acknowledged) <= site.titles()
     assert set(writers.statuses) <= {201, 503}, writers.statuses
+    # What is lost at most does not depend on when PostgreSQL was started.
+    site.post("After the restart")
+    segment = site.psql("SELECT pg_walfile_name(pg_current_wal_insert_lsn() - 1)")
+    query = f"SELECT last_archived_wal >= '{segment}' FROM pg_stat_archiver"
+    wait_for(lambda: site.psql(query) == "t", ARCHIVE_TIMEOUT + 10, "what was written is archived", every=0.5)
 
 
 def test_what_was_acknowledged_survives_the_loss_of_power(site: Site) -> None:
