@@ -354,6 +354,31 @@ class TestRepository:
         assert backup.History(1, []).has(first)
         assert [history.timeline_at(backup.lsn(at)) for at in ("0/5035BA7", "0/5035BA8", "0/503ED08")] == [1, 2, 6]
 
+    @pytest.mark.parametrize(
+        ("names", "around"),
+        [
+            (["1:0:FE", "1:0:FF", "1:1:0", "1:1:1"], None),
+            # Longer segments: fewer to an upper part.
+            (["1:0:FE", "1:1:0"], None),
+            (["1:0:FE", "1:0:FF", "1:1:1"], ("1:0:FF", "1:1:1")),
+            (["1:0:FE", "1:1:0", "1:1:2"], ("1:1:0", "1:1:2")),
+            # Before the backup, and on a timeline that leads elsewhere.
+            (["1:0:3", "1:0:FE", "1:0:FF", "2:1:0"], None),
+            (["1:0:FE", "1:0:FF", "3:1:0", "3:1:5"], None),
+            # One timeline goes on where another has ended.
+            (["1:0:FE", "1:0:FF", "1:1:0", "2:1:0", "2:1:1"], None),
+            (["1:0:FE", "1:0:FF", "2:1:1"], ("1:0:FF", "2:1:1")),
+            (["1:0:FF", "1:1:0"], ("", "1:0:FE")),
+            ([], ("", "1:0:FE")),
+        ],
+    )
+    def test_a_gap_in_the_archive(self, names: list[str], around: tuple[str, str] | None) -> None:
+        def name(short: str) -> str:
+            return "".join(f"{int(part, 16):08X}" for part in short.split(":")) if short else ""
+
+        found = backup.Repository.gap([name(short) for short in names], {1, 2}, name("1:0:FE"))
+        assert found == (around and (name(around[0]), name(around[1])))
+
     def test_what_it_complains_of_is_one_line(self) -> None:
         output = (
             "2026-11-24 18:22:27.566 P00  ERROR: [055]: unable to load info file '/b/archive/blog/archive.info':\n"
@@ -452,7 +477,22 @@ class TestRestored:
         assert "last transaction is of 2026-11-24 19:15:51.23+00" in restore.fatal_of(log)
         child = ["2026 FATAL:  requested timeline 6 is not a child of this server's history"]
         assert "-e restore_timeline=NUMBER" in restore.fatal_of(child)
+        failed = 'could not restore file "00000001000000000000000A" from archive'
+        unread = [
+            "2026-11-27 09:40:51.1 P00  ERROR: [095]: unable to flush",
+            f"2026 FATAL:  {failed}: child process exited with exit code 200",
+        ]
+        assert "00000001000000000000000A is in the archive, or may be" in restore.fatal_of(unread)
+        assert "[095]: unable to flush" in restore.fatal_of(unread)
         assert restore.fatal_of(["LOG:  a", "LOG:  b"]) == "LOG:  a; LOG:  b"
+
+    @pytest.mark.parametrize(("said", "heard"), [(0, 0), (1, 1), (25, 200), (49, 200), (125, 200)])
+    def test_what_postgresql_hears_of_the_archive(self, said: int, heard: int, tmp_path: Path) -> None:
+        (tmp_path / "pgbackrest").write_text(f"#!/bin/sh\nexit {said}\n", encoding="utf-8")
+        (tmp_path / "pgbackrest").chmod(0o755)
+        command = restore.restore_command(Path("/data"), "blog")
+        done = subprocess.run(["/bin/sh", "-c", command], env={"PATH": str(tmp_path)}, check=False)
+        assert done.returncode == heard
 
     def test_settings_that_recovery_needs(self) -> None:
         text = "wal_level setting:                    replica\nmax_connections setting:              100\n"

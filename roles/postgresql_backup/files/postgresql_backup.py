@@ -25,6 +25,7 @@ import re
 import time
 import typing as t
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 
 if t.TYPE_CHECKING:
@@ -63,6 +64,8 @@ class Backup(t.NamedTuple):
     """PostgreSQL's timeline, of which every restore begins a new one."""
     start_lsn: int
     stop_lsn: int
+    first_segment: str
+    """The name of the WAL segment that recovery begins with."""
 
 
 class Info(t.NamedTuple):
@@ -94,6 +97,10 @@ class History(t.NamedTuple):
             if begin <= position and (end is None or position < end):
                 return found
         return self.timeline
+
+    def timelines(self) -> set[int]:
+        """Return this timeline and all that lead to it."""
+        return {self.timeline, *(found for found, _ in self.ends)}
 
     def has(self, backup: Backup) -> bool:
         """Return whether recovery from a backup can reach the end of this timeline."""
@@ -196,6 +203,7 @@ class Repository:
                 int(found["archive"]["start"][:8], 16),
                 lsn(found["lsn"]["start"]),
                 lsn(found["lsn"]["stop"]),
+                found["archive"]["start"],
             )
             for found in stanza["backup"]
             # Those of a cluster before this one, which is another after an upgrade, cannot be built upon.
@@ -209,7 +217,7 @@ class Repository:
         return Info(backups, systems, self.explain(" ".join(str((said or [status["message"]])[0]).split())))
 
     def history(self, timeline: str, systems: t.Mapping[int, tuple[str, str]]) -> History | None:
-        """Return the history of a timeline; None when it is the backup's own, or the first and only one.
+        """Return the history of a timeline; None when it is the backup's own.
 
         Args:
             timeline: latest, current (that of the backup), or a number.
@@ -228,22 +236,40 @@ class Repository:
             return History(1, [])
         return History.parse(wanted, self.call("repo-get", f"{directory}/{wanted:08X}.history"))
 
+    def segments(self) -> dict[str, float]:
+        """Return when each WAL segment reached the repository, in seconds since the epoch, by the segment's name."""
+        listing = ["--output=json", "--recurse", "--filter=/[0-9A-F]{24}-", f"archive/{self.stanza}"]
+        listed = json.loads(self.call("repo-ls", *listing, timeout=600))
+        names = ((re.search(r"/([0-9A-F]{24})-", path), found) for path, found in listed.items())
+        return {name[1]: float(found["time"]) for name, found in names if name and found.get("time")}
+
+    @staticmethod
+    def gap(names: t.Iterable[str], timelines: t.Container[int], first: str) -> tuple[str, str] | None:
+        """Return the names of two WAL segments between which there is not all WAL; None when there is no gap.
+
+        Args:
+            names: of the segments that there are, eight hexadecimal digits each for the timeline and for the upper and
+                the lower part of the position.
+            timelines: those that lead to where recovery goes.
+            first: name of the segment that recovery begins with. If that is missing, it comes after an empty name.
+        """
+        # What two timelines both have is the same up to where one of them branches off; either will do to find a gap.
+        there = {name[8:]: name for name in sorted(names) if int(name[:8], 16) in timelines and name[8:] >= first[8:]}
+        if first[8:] not in there:
+            return "", first
+        for one, two in pairwise(sorted(there)):
+            high, low = int(one[:8], 16), int(one[8:], 16)
+            # How many of them one upper part has depends on how long they are.
+            if two not in (f"{high:08X}{low + 1:08X}", f"{high + 1:08X}{0:08X}"):
+                return there[one], there[two]
+        return None
+
     def last_archived(self) -> float | None:
         """Return when the newest WAL segment reached the repository, in seconds since the epoch; None if none has."""
         try:
-            listed = json.loads(
-                self.call(
-                    "repo-ls",
-                    "--output=json",
-                    "--recurse",
-                    "--filter=/[0-9A-F]{24}-",
-                    f"archive/{self.stanza}",
-                    timeout=600,
-                )
-            )
+            return max(self.segments().values(), default=None)
         except (host.BackupError, ValueError):
             return None
-        return max((found["time"] for found in listed.values() if found.get("time")), default=None)
 
 
 class Cluster:

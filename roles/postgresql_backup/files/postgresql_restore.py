@@ -34,6 +34,10 @@ ARCHIVE_PATIENCE = 120.0
 # Room that a restored database needs beside its own size, for the WAL that is replayed.
 ROOM = 1.1
 
+# Exit code of restore_command when it is not known whether the archive has what PostgreSQL asks for. Of those above 125
+# one that no shell uses.
+ARCHIVE_UNREADABLE = 200
+
 # What a row count goes by: tables that survive a crash, with what has been inserted and deleted so far.
 TABLES = r"""
 SELECT json_build_object(
@@ -123,7 +127,8 @@ def choose(backups: Backups, target: Target, directory: Path) -> Backup:
     if info.problem:
         raise host.BackupError(f"The repository holds nothing of {backups.app}: {info.problem}.")
     usable = [found for found in info.backups if not target.moment or found.ended <= target.moment.timestamp()]
-    if usable and (history := backups.repository.history(target.timeline, info.systems)):
+    history = backups.repository.history(target.timeline, info.systems) if usable else None
+    if history:
         # A backup on a timeline that a restore has left behind leads nowhere.
         usable = [found for found in usable if history.has(found)]
         if not usable:
@@ -135,6 +140,8 @@ def choose(backups: Backups, target: Target, directory: Path) -> Backup:
         oldest = f"; the oldest ended at {host.stamp(info.backups[0].ended)}" if info.backups else ""
         raise host.BackupError(f"There is no backup from before {target}{oldest}.")
     chosen = usable[-1]
+    if not target.moment:
+        refuse_gap(backups, chosen, history.timelines() if history else {chosen.timeline})
     version = (backups.cluster.binaries.parent).name
     stored, _ = info.systems[max(info.systems)]
     if stored != version:
@@ -151,6 +158,35 @@ def choose(backups: Backups, target: Target, directory: Path) -> Backup:
     return chosen
 
 
+def refuse_gap(backups: Backups, chosen: Backup, timelines: t.Container[int]) -> None:
+    """Raise BackupError when the archive lacks WAL between a backup and the archive's end, on these timelines.
+
+    To PostgreSQL the archive ends where a segment is missing. Only a moment that lies behind it would tell.
+    """
+    segments = backups.repository.segments()
+    around = backups.repository.gap(segments, timelines, chosen.first_segment)
+    if not around:
+        return
+    before, after = around
+    if not before:
+        raise host.BackupError(f"The archive lacks {after}, with which recovery from {chosen.label} begins.")
+    raise host.BackupError(
+        f"The archive lacks WAL between {before} and {after}, and without it nothing that was committed since can be"
+        f" restored. Put the missing files back, or restore to a moment before {host.stamp(segments[before])}."
+    )
+
+
+def restore_command(data: Path, stanza: str) -> str:
+    """Return how PostgreSQL asks for WAL: pgBackRest's own command, that fails in a way PostgreSQL heeds.
+
+    pgBackRest returns 1 for WAL that the archive does not have, and more (25 to 125) when it could not look: the other
+    server is away, or the file is damaged. To PostgreSQL all of these mean that the archive ends here, and it would
+    take writes without all that comes after. It gives up for 126 and more (its documentation, on restore_command).
+    """
+    call = f'pgbackrest --pg1-path={data} --stanza={stanza} archive-get %f "%p"'
+    return f"{call}; code=$?; [ $code -le 1 ] || exit {ARCHIVE_UNREADABLE}; exit $code"
+
+
 def fetch(backups: Backups, chosen: Backup, target: Target, data: Path, *options: str) -> None:
     """Copy a backup into an empty directory, ready to recover."""
     host.say(f"Restoring {chosen.label} ({host.people_bytes(chosen.size)}) …")
@@ -160,6 +196,7 @@ def fetch(backups: Backups, chosen: Backup, target: Target, data: Path, *options
         f"--set={chosen.label}",
         # Nobody is to see the data before it is what was asked for.
         "--recovery-option=hot_standby=off",
+        f"--recovery-option=restore_command={restore_command(data, backups.repository.stanza)}",
         *target.options(),
         *options,
     )
@@ -222,6 +259,13 @@ def fatal_of(lines: t.Sequence[str]) -> str:
     if "recovery ended before configured recovery target was reached" in text:
         until = f" The archive's last transaction is of {reached[-1]}." if reached else ""
         return f"The archive ends before that moment.{until} Restore to latest, or to an earlier moment"
+    if found := re.search(rf'could not restore file "(\w+)" from archive: .*exit code {ARCHIVE_UNREADABLE}', text):
+        # What pgBackRest has said of its last attempt comes before it.
+        said = [line.partition("ERROR: ")[2].strip() for line in lines if re.search(r"ERROR: \[\d+\]", line)]
+        return (
+            f"{found[1]} is in the archive, or may be, and cannot be read: {said[-1] if said else 'see the log'}."
+            " Mend that and restore again, or restore to a moment before it"
+        )
     if "is not a child of this server's history" in text or "is not possible from checkpoint" in text:
         return (
             f"{text}. An earlier restore has begun a new timeline; -e restore_timeline=NUMBER names the one on which"
@@ -454,6 +498,8 @@ class Instance:
             "hot_standby=off",
             "ssl=off",
             "shared_preload_libraries=",
+            # A subscription would take what its publisher has for the service.
+            "max_logical_replication_workers=0",
             "logging_collector=off",
             "log_destination=stderr",
             "shared_buffers=32MB",
@@ -530,7 +576,6 @@ class Beside:
                 f"--unit={self.unit}",
                 f"--uid={self.instance.user.name}",
                 "--property=KillSignal=SIGINT",
-                "--property=PrivateNetwork=yes",
                 *self.instance.command(),
             ]
         )
