@@ -33,16 +33,19 @@ class Push(Program):
 class Pusher:
     """Somebody with a key of their own, and a clone to commit to.
 
-    `host` is where the control host takes pushes, as address:port; its own key is in the file `known_hosts`.
+    The control host takes pushes at `address` and `port`; its own key is in the file `known_hosts`.
     """
 
-    def __init__(self, name: str, repository: Repository, directory: Path, host: str, known_hosts: Path) -> None:
+    def __init__(
+        self, name: str, repository: Repository, directory: Path, address: str, port: int, known_hosts: Path
+    ) -> None:
         self.name, self.repository = name, repository
+        self.address, self.port = address, port
         key = directory / "key"
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", name, "-f", str(key)], check=True)
         self.key = key.with_suffix(".pub").read_text().strip()
         self.ssh = ["ssh", *ssh_options(key, known_hosts)]
-        self.url = f"ssh://deploy@{host}/{APP}.git"
+        self.url = f"ssh://deploy@{address}:{port}/{APP}.git"
 
     @property
     def settings(self) -> dict[str, object]:
@@ -67,7 +70,5 @@ class Pusher:
 
     def run(self, command: str) -> subprocess.CompletedProcess[str]:
         """Try to run a command on the control host instead of pushing."""
-        login, _, port = self.url.removeprefix("ssh://").partition("/")[0].partition(":")
-        return subprocess.run(
-            [*self.ssh, "-p", port, login, command], check=False, capture_output=True, text=True, timeout=30
-        )
+        login = [*self.ssh, "-p", str(self.port), f"deploy@{self.address}"]
+        return subprocess.run([*login, command], check=False, capture_output=True, text=True, timeout=30)

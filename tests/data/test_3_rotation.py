@@ -18,7 +18,7 @@ PASSWORDS = {
 
 def test_the_application_gets_a_new_password(site: Site) -> None:
     old = site.database_url()
-    target = Target("127.0.0.1", site.app.https_port, "hardstand.test", str(site.app.ca), clients=6)
+    target = Target("127.0.0.1", site.app.https_port, "hardstand.test", str(site.app.ca), clients=3, pause=0.02)
     with Load(target) as load:
         run = site.expect("deploy.yml", **PASSWORDS)
         report = load.stop()

@@ -21,11 +21,11 @@ class Remote(Pusher):
 
     def __init__(self, fleet: Fleet, repository: Repository, directory: Path) -> None:
         self.fleet = fleet
-        host = f"127.0.0.1:{published_port(fleet.control.name, 22)}"
+        address, port = "127.0.0.1", published_port(fleet.control.name, 22)
         host_key = " ".join(fleet.control.sh("cat /etc/ssh/ssh_host_ed25519_key.pub").split()[:2])
         known_hosts = directory / "known_hosts"
-        known_hosts.write_text("[{}]:{} {}\n".format(*host.split(":"), host_key))
-        super().__init__(WHO, repository, directory, host, known_hosts)
+        known_hosts.write_text(f"[{address}]:{port} {host_key}\n")
+        super().__init__(WHO, repository, directory, address, port, known_hosts)
 
     def settle(self) -> str:
         """Wait until nothing is deployed any more, and return the release that the fleet is on."""

@@ -20,7 +20,7 @@ def test_who_pushes_deploys_and_gets_no_further(site: Site, tmp_path_factory: py
     control = directory / "control.yml"
     control.write_text(f"control: {{hosts: {{{server.name}: }}}}\n")
     repository = Repository(directory / "repository")
-    pusher = Pusher(WHO, repository, directory, f"{server.address}:22", ACCESS / "known_hosts")
+    pusher = Pusher(WHO, repository, directory, server.address, 22, ACCESS / "known_hosts")
     # Settings of its own: the site is every test's.
     host = replace(site, inventories=[*site.inventories, str(control)], settings={**site.settings, **pusher.settings})
 

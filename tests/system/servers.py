@@ -76,5 +76,5 @@ class Seen:
 @contextmanager
 def load(server: Server, clients: int = 8) -> Iterator[Seen]:
     """Keep clients busy, reading and writing on keep-alive connections, and check every answer's content."""
-    with Load(Target("127.0.0.1", server.https_port, DOMAIN, str(server.ca), clients=clients)) as running:
+    with Load(Target("127.0.0.1", server.https_port, DOMAIN, str(server.ca), clients=clients, pause=0.01)) as running:
         yield Seen(running)
