@@ -368,6 +368,8 @@ class TestRepository:
             # One timeline goes on where another has ended.
             (["1:0:FE", "1:0:FF", "1:1:0", "2:1:0", "2:1:1"], None),
             (["1:0:FE", "1:0:FF", "2:1:1"], ("1:0:FF", "2:1:1")),
+            # What the earlier one has beyond that was left behind, with its gaps.
+            (["1:0:FE", "1:0:FF", "2:0:FF", "2:1:0", "1:1:7"], None),
             (["1:0:FF", "1:1:0"], ("", "1:0:FE")),
             ([], ("", "1:0:FE")),
         ],
@@ -376,7 +378,7 @@ class TestRepository:
         def name(short: str) -> str:
             return "".join(f"{int(part, 16):08X}" for part in short.split(":")) if short else ""
 
-        found = backup.Repository.gap([name(short) for short in names], {1, 2}, name("1:0:FE"))
+        found = backup.Repository.gap([name(short) for short in names], [1, 2], name("1:0:FE"))
         assert found == (around and (name(around[0]), name(around[1])))
 
     def test_what_it_complains_of_is_one_line(self) -> None:

@@ -98,9 +98,9 @@ class History(t.NamedTuple):
                 return found
         return self.timeline
 
-    def timelines(self) -> set[int]:
-        """Return this timeline and all that lead to it."""
-        return {self.timeline, *(found for found, _ in self.ends)}
+    def timelines(self) -> list[int]:
+        """Return all timelines that lead to this one, the first one first, and this one."""
+        return [*(found for found, _ in self.ends), self.timeline]
 
     def has(self, backup: Backup) -> bool:
         """Return whether recovery from a backup can reach the end of this timeline."""
@@ -244,17 +244,21 @@ class Repository:
         return {name[1]: float(found["time"]) for name, found in names if name and found.get("time")}
 
     @staticmethod
-    def gap(names: t.Iterable[str], timelines: t.Container[int], first: str) -> tuple[str, str] | None:
+    def gap(names: t.Collection[str], timelines: t.Sequence[int], first: str) -> tuple[str, str] | None:
         """Return the names of two WAL segments between which there is not all WAL; None when there is no gap.
 
         Args:
             names: of the segments that there are, eight hexadecimal digits each for the timeline and for the upper and
                 the lower part of the position.
-            timelines: those that lead to where recovery goes.
+            timelines: those that lead to where recovery goes, the first one first.
             first: name of the segment that recovery begins with. If that is missing, it comes after an empty name.
         """
-        # What two timelines both have is the same up to where one of them branches off; either will do to find a gap.
-        there = {name[8:]: name for name in sorted(names) if int(name[:8], 16) in timelines and name[8:] >= first[8:]}
+        there: dict[str, str] = {}
+        for timeline in reversed(timelines):
+            # What an earlier one has from where this one began leads elsewhere.
+            until = min(there, default="~")
+            mine = {name[8:]: name for name in names if int(name[:8], 16) == timeline}
+            there |= {position: name for position, name in mine.items() if first[8:] <= position < until}
         if first[8:] not in there:
             return "", first
         for one, two in pairwise(sorted(there)):

@@ -141,7 +141,7 @@ def choose(backups: Backups, target: Target, directory: Path) -> Backup:
         raise host.BackupError(f"There is no backup from before {target}{oldest}.")
     chosen = usable[-1]
     if not target.moment:
-        refuse_gap(backups, chosen, history.timelines() if history else {chosen.timeline})
+        refuse_gap(backups, chosen, history.timelines() if history else [chosen.timeline])
     version = (backups.cluster.binaries.parent).name
     stored, _ = info.systems[max(info.systems)]
     if stored != version:
@@ -158,7 +158,7 @@ def choose(backups: Backups, target: Target, directory: Path) -> Backup:
     return chosen
 
 
-def refuse_gap(backups: Backups, chosen: Backup, timelines: t.Container[int]) -> None:
+def refuse_gap(backups: Backups, chosen: Backup, timelines: t.Sequence[int]) -> None:
     """Raise BackupError when the archive lacks WAL between a backup and the archive's end, on these timelines.
 
     To PostgreSQL the archive ends where a segment is missing. Only a moment that lies behind it would tell.
