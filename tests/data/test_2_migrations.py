@@ -83,7 +83,7 @@ def test_dangerous(site: Site, repository: Repository, served: str) -> None:
     repository.drop()
 
 
-@pytest.mark.once
+@pytest.mark.once(on="debian12")
 def test_pending_migrations_are_shown_in_a_dry_run(site: Site, repository: Repository, served: str) -> None:
     statement = 'op.add_column("posts", sa.Column("footnote", sa.String(80)))'
     repository.commit("Add a footnote", migration(site, "aaaa00000003", "Add a footnote", statement))

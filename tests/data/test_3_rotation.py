@@ -16,6 +16,7 @@ PASSWORDS = {
 }
 
 
+@pytest.mark.once
 def test_the_application_gets_a_new_password(site: Site) -> None:
     old = site.database_url()
     target = Target("127.0.0.1", site.app.https_port, "hardstand.test", str(site.app.ca), clients=3, pause=0.02)
@@ -44,7 +45,7 @@ def test_the_application_gets_a_new_password(site: Site) -> None:
     assert again.changed == 0, again.output
 
 
-@pytest.mark.once
+@pytest.mark.once(on="debian12")
 def test_a_deploy_that_fails_takes_nobody_the_password(site: Site) -> None:
     release = site.app.release()
     settings = {"vault_postgresql_password": "never to be used 0123456789", "release_health_path": "/no-such-path"}

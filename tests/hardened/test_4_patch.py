@@ -8,31 +8,10 @@ from typing import Any
 
 import pytest
 
+from tests import updates
 from tests.harness import APP, wait_for
 
 PATCH, STATUS = "playbooks/patch.yml", "playbooks/status.yml"
-PACKAGE = "hardstand-probe"
-# What it leaves when its installation has begun.
-BEGUN = "/var/lib/hardstand-probe"
-
-# A package and a repository of our own, on the server: whatever update a test needs, whatever Debian has today.
-PUBLISH = """set -e
-mkdir -p /srv/probe/build/DEBIAN
-cd /srv/probe
-printf 'Package: {package}\\nVersion: {version}\\nArchitecture: all\\nMaintainer: nobody\\nDescription: probe\\n' \
-    > build/DEBIAN/control
-printf '#!/bin/sh\\n{postinst}\\n' > build/DEBIAN/postinst
-chmod 0755 build build/DEBIAN build/DEBIAN/postinst
-dpkg-deb --build --root-owner-group build probe.deb > /dev/null
-{{ cat build/DEBIAN/control; echo "Filename: ./probe.deb"; echo "Size: $(stat -c %s probe.deb)"
-   echo "SHA256: $(sha256sum probe.deb | cut -d ' ' -f 1)"; }} > Packages
-chmod -R a+rX /srv/probe
-echo 'deb [trusted=yes] file:/srv/probe ./' > /etc/apt/sources.list.d/probe.list
-"""
-REMOVE = (
-    f"rm -rf /srv/probe /etc/apt/sources.list.d/probe.list {BEGUN}; dpkg --purge --force-all {PACKAGE} 2> /dev/null;"
-    " apt-get -qq update"
-)
 # nginx as it was before it had a sandbox, and the sandbox on the disk again.
 START_OUTSIDE = """set -e
 mv /etc/systemd/system/nginx.service.d /run/nginx.service.d.kept
@@ -41,21 +20,14 @@ mv /run/nginx.service.d.kept /etc/systemd/system/nginx.service.d
 systemctl daemon-reload
 """
 FLAG = "/run/reboot-required"
-VERSION = f"dpkg-query --show --showformat '${{Version}} ${{db:Status-Abbrev}}' {PACKAGE}"
 
 
 @pytest.fixture
 def publish(site: Any) -> Iterator[Callable[..., None]]:
-    """Publish a version of the package on a server; the first one is installed."""
-
-    def version(server: Any, number: int, postinst: str = "exit 0") -> None:
-        server.sh(PUBLISH.format(package=PACKAGE, version=number, postinst=postinst))
-        if number == 1:
-            server.sh(f"apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install {PACKAGE}")
-
-    yield version
+    """Publish updates; what they have brought is removed afterwards."""
+    yield updates.publish
     for name in site.names:
-        site.server(name).sh(REMOVE)
+        updates.remove(site.server(name))
 
 
 def apps(site: Any) -> list[Any]:
@@ -88,8 +60,8 @@ def test_an_update_comes_and_the_lock_is_given_back(site: Any, publish: Callable
     publish(server, 2)
     done = site.play(PATCH, patch_reboot="never")
     assert done.code == 0, done.output
-    assert f"1 updated: {PACKAGE}" in done.output
-    assert server.sh(VERSION).strip() == "2 ii"
+    assert f"1 updated: {updates.PACKAGE}" in done.output
+    assert updates.state(server) == "2 ii"
     assert server.sh(f"ls /run/lock/hardstand-{APP}.lock 2> /dev/null || true") == ""
     assert site.play(STATUS, status_fail=False).code == 0
 
@@ -104,11 +76,11 @@ def notes(site: Any) -> list[str]:
 def test_the_status_says_what_waits_until_it_is_done(site: Any) -> None:
     server = apps(site)[0]
     assert notes(site) == []
-    server.sh(f"touch {FLAG} && echo {PACKAGE} > {FLAG}.pkgs")
+    server.sh(f"touch {FLAG} && echo {updates.PACKAGE} > {FLAG}.pkgs")
     server.sh(START_OUTSIDE)
     try:
         reboot, outside = notes(site)
-        assert f"an update of {PACKAGE}" in reboot
+        assert f"an update of {updates.PACKAGE}" in reboot
         assert outside.startswith("nginx.service started before its sandbox")
         done = site.play(PATCH, patch_reboot="never")
         assert "restarted nginx.service" in done.output, done.output
@@ -128,26 +100,24 @@ def test_it_ends_at_the_first_failure_and_goes_on_later(site: Any, publish: Call
     assert "run playbooks/patch.yml again" in done.output
     assert server.sh(f"ls /run/lock/hardstand-{APP}.lock 2> /dev/null || true") == ""
     # dpkg's own word for a package whose script failed; the servers after the first have not seen it.
-    states = [server.sh(VERSION).strip() for server in servers]
+    states = [updates.state(server) for server in servers]
     assert states[0].startswith("2 iF")
     assert states[1:] == ["1 ii"] * (len(servers) - 1)
 
     for server in servers:
         publish(server, 3)
     assert site.play(PATCH, patch_reboot="never").code == 0
-    assert {server.sh(VERSION).strip() for server in servers} == {"3 ii"}
+    assert {updates.state(server) for server in servers} == {"3 ii"}
     assert site.public.answers()
 
 
 @pytest.mark.once
 def test_a_server_that_dies_in_the_middle_is_named_and_let_in_later(site: Any, publish: Callable[..., None]) -> None:
     server = apps(site)[0]
-    server.sh(f"rm -f {BEGUN}")
     publish(server, 1)
-    # As long as it takes, and the second time at once.
-    publish(server, 2, postinst=f"test -e {BEGUN} || {{ touch {BEGUN}; sleep 600; }}")
+    publish(server, 2, postinst=updates.HANG_ONCE)
     run = site.run(PATCH, patch_reboot="never")
-    wait_for(lambda: server.sh(f"ls {BEGUN}", check=False) == BEGUN, 300, "the update is under way")
+    wait_for(lambda: updates.begun(server), 300, "the update is under way")
     server.kill()
     done = run.wait()
     assert done.code != 0
@@ -158,5 +128,5 @@ def test_a_server_that_dies_in_the_middle_is_named_and_let_in_later(site: Any, p
     done = site.play(PATCH, patch_reboot="never")
     assert done.code == 0, done.output
     assert "let in again" in done.output
-    assert server.sh(VERSION).strip() == "2 ii"
+    assert updates.state(server) == "2 ii"
     assert site.public.answers()
