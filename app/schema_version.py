@@ -107,9 +107,11 @@ def _read(connection: Connection, table: Table) -> frozenset[str]:
         return frozenset(connection.scalars(select(column)))
     except Exception:
         connection.rollback()
-        if inspect(connection).has_table(table.name):
-            raise
-        return frozenset()
+        if not inspect(connection).has_table(table.name):
+            return frozenset()
+        connection.rollback()
+        # It may have come in between: somebody else migrates. Whatever else was wrong is still wrong.
+        return frozenset(connection.scalars(select(column)))
 
 
 def _listed(revisions: frozenset[str]) -> str:
