@@ -168,9 +168,10 @@ class Server:
 
     def pids(self, pattern: str) -> set[int]:
         """Return the processes whose command line matches, zombies apart."""
+        # The last one may end, or be a zombie, and that is no failure.
         script = (
             "for d in /proc/[0-9]*; do c=$(tr '\\0' ' ' <$d/cmdline 2>/dev/null); "
-            '[ -n "$c" ] && echo ${d#/proc/} $c; done'
+            '[ -n "$c" ] && echo ${d#/proc/} $c; done; true'
         )
         lines = (line.partition(" ") for line in self.sh(script).splitlines())
         return {int(pid) for pid, _, command in lines if re.search(pattern, command) and "/proc/[0-9]" not in command}
