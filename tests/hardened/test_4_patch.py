@@ -90,6 +90,7 @@ def test_the_status_says_what_waits_until_it_is_done(site: Any) -> None:
     assert notes(site) == []
 
 
+@pytest.mark.once(on="debian12")
 def test_it_ends_at_the_first_failure_and_goes_on_later(site: Any, publish: Callable[..., None]) -> None:
     servers = apps(site)
     for server in servers:
@@ -111,7 +112,8 @@ def test_it_ends_at_the_first_failure_and_goes_on_later(site: Any, publish: Call
     assert site.public.answers()
 
 
-@pytest.mark.once
+# A fleet's is in tests/fleet.
+@pytest.mark.exhaustive
 def test_a_server_that_dies_in_the_middle_is_named_and_let_in_later(site: Any, publish: Callable[..., None]) -> None:
     server = apps(site)[0]
     publish(server, 1)

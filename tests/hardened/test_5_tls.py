@@ -255,6 +255,7 @@ def test_clients_verify_the_certificate_of_the_authority(front: Server, renewing
     assert (state["temporary"], state["missing"], state["failures"]) == (False, [], 0)
 
 
+@pytest.mark.once(on="debian12")
 def test_a_certificate_that_the_authority_wants_back_is_renewed_at_once(
     site: Site, front: Server, renewing: Renewing
 ) -> None:

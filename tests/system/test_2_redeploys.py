@@ -57,6 +57,7 @@ def test_a_new_commit_replaces_the_old_one_unnoticed(server: Server, repository:
     assert len(server.programs()) == 1
 
 
+@pytest.mark.once(on="debian12")
 def test_nothing_new_changes_nothing(server: Server, repository: Repository) -> None:
     server.deploy("--tags", "release", release_repository=str(repository.path))
     before = server.pids("gunicorn|nginx|supervisord"), server.state()
@@ -65,6 +66,7 @@ def test_nothing_new_changes_nothing(server: Server, repository: Repository) -> 
     assert (server.pids("gunicorn|nginx|supervisord"), server.state()) == before
 
 
+@pytest.mark.once
 def test_a_setting_alone_is_a_release(server: Server, repository: Repository) -> None:
     server.deploy("--tags", "release", release_repository=str(repository.path))
     before = server.release()

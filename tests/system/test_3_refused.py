@@ -31,6 +31,7 @@ def expect_refusal(server: Server, repository: Repository, release: str, **setti
     return run
 
 
+@ONCE
 def test_import_error(server: Server, repository: Repository, deployed: str) -> None:
     repository.edit("Break the import", "app/main.py", "import logging\n", "import logging\nimport no_such_module\n")
     run = expect_refusal(server, repository, deployed)
@@ -46,6 +47,7 @@ def test_never_healthy(server: Server, repository: Repository, deployed: str) ->
     assert "Application startup complete" in run.output or "Booting worker" in run.output, "no log of the application"
 
 
+@pytest.mark.once
 def test_failing_migration(server: Server, repository: Repository, deployed: str) -> None:
     head = server.sh(f"cd {ROOT}/current && .venv/bin/alembic -c app/alembic.ini heads 2>/dev/null").split()[0]
     repository.commit("Add a migration that fails", failing_migration(head))
