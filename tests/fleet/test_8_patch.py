@@ -16,22 +16,24 @@ PATCH = "playbooks/patch.yml"
 
 @pytest.fixture
 def due(fleet: Fleet) -> Iterator[list[Server]]:
-    """The servers, load balancer first, each with an update that waits; that of the second application server hangs."""
+    """The servers, application servers first, each with an update that waits; that of the second one hangs."""
     # Whatever Debian has published since the servers were made.
     fleet.expect(PATCH, patch_reboot="never")
-    servers = fleet.servers
-    for server in servers:
+    servers = [*fleet.apps.values(), fleet.lb]
+    for number, server in enumerate(servers):
         updates.publish(server, 1)
-        updates.publish(server, 2, postinst=updates.HANG_ONCE if server is servers[2] else "exit 0")
+        updates.publish(server, 2, postinst=updates.HANG_ONCE if number == 1 else "exit 0")
     yield servers
     for server in servers:
+        if not server.running():
+            server.boot()
         updates.remove(server)
 
 
 @pytest.mark.usefixtures("release")
 def test_nobody_notices_updates_nor_a_server_that_dies_of_one(fleet: Fleet, due: list[Server]) -> None:
     before = fleet.release()
-    balancer, first, second, *others = due
+    first, second, *others = due
     with Load(fleet.target(clients=4, pause=0.02, slow_clients=3)) as load:
         run = fleet.run(PATCH, patch_reboot="never")
         wait_for(lambda: updates.begun(second), 300, f"the update of {second.name} is under way")
@@ -43,7 +45,7 @@ def test_nobody_notices_updates_nor_a_server_that_dies_of_one(fleet: Fleet, due:
         assert f"{second.name}: cannot be reached: " in done.output
         assert "run playbooks/patch.yml again" in done.output
         assert fleet.drained() == {second.name}
-        assert [updates.state(server) for server in (balancer, first)] == ["2 ii"] * 2
+        assert updates.state(first) == "2 ii"
         assert [updates.state(server) for server in others] == ["1 ii"] * len(others)
 
         second.boot()

@@ -1,4 +1,7 @@
-"""Updates of the operating system: one server at a time, nothing where nothing is due, an end at the first failure."""
+"""Updates of the operating system: one server at a time, nothing where nothing is due, an end at the first failure.
+
+Those of a fleet that serves, and of a server that dies of one, are in tests/fleet/test_8_patch.py.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +56,7 @@ def test_nothing_is_touched_where_nothing_is_due(site: Any) -> None:
     assert [starts(server) for server in servers] == before
 
 
-@pytest.mark.once
+@pytest.mark.exhaustive
 def test_an_update_comes_and_the_lock_is_given_back(site: Any, publish: Callable[..., None]) -> None:
     server = apps(site)[0]
     publish(server, 1)
@@ -112,7 +115,6 @@ def test_it_ends_at_the_first_failure_and_goes_on_later(site: Any, publish: Call
     assert site.public.answers()
 
 
-# A fleet's is in tests/fleet.
 @pytest.mark.exhaustive
 def test_a_server_that_dies_in_the_middle_is_named_and_let_in_later(site: Any, publish: Callable[..., None]) -> None:
     server = apps(site)[0]
