@@ -45,6 +45,7 @@ def test_nothing_new_changes_nothing(fleet: Fleet) -> None:
     assert fleet.state() == before
 
 
+@pytest.mark.exhaustive
 def test_check_mode_changes_nothing(fleet: Fleet, repository: Repository) -> None:
     before = fleet.state()
     run = fleet.expect("deploy.yml", "--check", "--diff", release_repository=str(repository.path))
