@@ -60,12 +60,15 @@ class Backup(t.NamedTuple):
     ended: float
     size: int
     stored: int
-    timeline: int
-    """PostgreSQL's timeline, of which every restore begins a new one."""
     start_lsn: int
     stop_lsn: int
     first_segment: str
     """The name of the WAL segment that recovery begins with."""
+
+    @property
+    def timeline(self) -> int:
+        """PostgreSQL's timeline, of which every restore begins a new one."""
+        return int(self.first_segment[:8], 16)
 
 
 class Info(t.NamedTuple):
@@ -200,7 +203,6 @@ class Repository:
                 found["timestamp"]["stop"],
                 found["info"]["size"],
                 found["info"]["repository"].get("delta", 0),
-                int(found["archive"]["start"][:8], 16),
                 lsn(found["lsn"]["start"]),
                 lsn(found["lsn"]["stop"]),
                 found["archive"]["start"],
