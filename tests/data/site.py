@@ -166,6 +166,11 @@ class Site(Operator):
         except (OSError, http.client.HTTPException):
             return 0
 
+    def wait_until_archived(self, segment: str, seconds: float = 30) -> None:
+        """Wait until a segment of WAL is in the archive."""
+        query = f"SELECT last_archived_wal >= '{segment}' FROM pg_stat_archiver"
+        wait_for(lambda: self.psql(query) == "t", seconds, f"{segment} is archived", every=0.5)
+
     def wait_until_ready(self, seconds: float = 60) -> None:
         """Wait until the application can serve."""
         wait_for(lambda: self.readiness() == 200, seconds, "the application is ready")

@@ -32,8 +32,7 @@ def test_a_restart_under_load_loses_nothing(site: Site) -> None:
     # What is lost at most does not depend on when PostgreSQL was started.
     site.post("After the restart")
     segment = site.psql("SELECT pg_walfile_name(pg_current_wal_insert_lsn() - 1)")
-    query = f"SELECT last_archived_wal >= '{segment}' FROM pg_stat_archiver"
-    wait_for(lambda: site.psql(query) == "t", ARCHIVE_TIMEOUT + 10, "what was written is archived", every=0.5)
+    site.wait_until_archived(segment, ARCHIVE_TIMEOUT + 10)
 
 
 def test_what_was_acknowledged_survives_the_loss_of_power(site: Site) -> None:

@@ -206,8 +206,7 @@ def archived_now(site: Site) -> set[str]:
 def archived_until(site: Site) -> str:
     """Return the segment of WAL that was last written to, when it has been archived."""
     segment = site.psql("SELECT pg_walfile_name(pg_switch_wal())", database="postgres")
-    query = f"SELECT last_archived_wal >= '{segment}' FROM pg_stat_archiver"
-    wait_for(lambda: site.psql(query) == "t", 30, "the segment is archived", every=0.5)
+    site.wait_until_archived(segment)
     return segment
 
 
